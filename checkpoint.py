@@ -1,0 +1,92 @@
+"""Files that survive: each is whole or absent, knows its own checksum, and belongs to one run at a time."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from config import IN_USE, NO_CHECKPOINT, Failure
+
+
+def save(path: Path, state: dict):
+    """Write `state`, nested dicts and lists of tensors and plain types, with its own checksum."""
+    with atomic_file(path) as file:
+        torch.save(state | {"checksum": checksum(state)}, file)
+
+
+def load(path: Path) -> dict:
+    """Read what `save` wrote, tensors on the CPU. Nothing in the file can run code. Raises Failure."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Failure(f"there is no checkpoint {path}; to make one, train a model first", NO_CHECKPOINT) from None
+    except Exception as error:  # torch raises many types for what is cut, changed, or not a checkpoint at all
+        reason = str(error).split("\n")[0]
+        raise Failure(f"{path} is not a checkpoint, or is damaged: {reason}", NO_CHECKPOINT) from None
+    if not isinstance(state, dict) or state.pop("checksum", "none") != checksum(state):
+        raise Failure(f"{path} is damaged: what it holds does not match its checksum", NO_CHECKPOINT)
+    return state
+
+
+def checksum(state) -> str:
+    """SHA-256 over every name and value in `state`, tensors by type, shape and bytes."""
+    digest = hashlib.sha256()
+
+    def visit(value):
+        if isinstance(value, dict):
+            for key in value:
+                digest.update(f"{key!r}:".encode())
+                visit(value[key])
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{len(value)} items:".encode())
+            for item in value:
+                visit(item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}:".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(f"{value!r};".encode())
+
+    visit(state)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator:
+    """A binary file that stands under `path` only once all of it has reached the disk."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        if os.name == "posix":  # the new name itself is kept by the folder; Windows has no handle for that
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator:
+    """Hold `folder` for this process alone; the system drops the lock with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            raise Failure(f"{folder} is in use by another run; choose another --out_dir", IN_USE) from None
+        yield

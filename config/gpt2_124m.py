@@ -1,0 +1,20 @@
+"""GPT-2 124M on 10B tokens.
+
+torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
+Shards of the FineWeb sample, by GPT-2's tokenizer, go into data/fineweb10B; or add --dataset=NAME for text of yours.
+Not yet run to its end.
+"""
+
+out_dir = "out/gpt2_124m"
+dataset = "fineweb10B"
+tokenizer = "gpt2"
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+bias = False
+batch_tokens = 512 * 1024
+max_steps = 19073
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_steps = 700

@@ -1,0 +1,227 @@
+"""GPT-2, whole: tokens in, the loss or the logits out.
+
+Read from the top: the configuration, the two halves of a block, the block, the model, and last the door to the
+Hugging Face layout. Names are GPT-2's own. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+
+Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads, D head size (C / H), V vocabulary.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model; the defaults are GPT-2 124M's."""
+
+    vocab_size: int = 50257  # tokens a model can name
+    block_size: int = 1024  # the longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # share of activations zeroed in training
+    bias: bool = True  # in linear layers and layer norms, as in GPT-2
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: a multiple of 64, which matrix units multiply much faster than 50257."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token gathers from itself and the tokens before it. Vaswani et al. 2017, section 3.2."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, layer=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, H, T, D)
+        else:
+            k, v = cache.append(layer, k, v)  # (B, H, S, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """The feed-forward half: four times wider, GELU in its tanh form, and back. Hendrycks & Gimpel 2016."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each added to the stream that it reads through a layer norm."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # True: keep each block's input only and compute the rest again
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # token embeddings
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embeddings
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # tied: Press & Wolf 2017
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialisation; the projections that end in the stream get 1 / sqrt(their number) of it."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif ".ln_" in f".{name}":
+                nn.init.ones_(parameter)
+            else:
+                raise ValueError(f"{name} has no initialiser")
+
+    def forward(self, tokens, targets=None, cache=None):
+        """Score each next token.
+
+        tokens: (B, T) integers. targets: (B, T) integers, the tokens that follow, -1 where nothing is asked; then the
+        result is their mean cross-entropy in nats and nothing else, so that a compiler need never hold all logits.
+        Without targets it is the logits (B, T, V) in fp32. cache: what sample.py's KVCache does. `advance(T)` gives
+        the positions (T) of the new tokens, `append(layer, k, v)` the keys and values (B, H, S, D) to attend to,
+        `mask` (T, S) says which; the logits are then the last token's alone, (B, 1, V).
+        """
+        T = tokens.size(1)
+        if cache is None and T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than the block_size of {self.config.block_size}")
+        positions = torch.arange(T, device=tokens.device) if cache is None else cache.advance(T)
+        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            if self.activation_checkpointing and self.training:  # Chen et al. 2016
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache, layer)
+        if cache is not None:
+            x = x[:, -1:]
+        logits = self.lm_head(self.ln_f(x))[..., : self.config.vocab_size].float()  # (B, T, V), the padding cut off
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token: 6 N + 12 L C T, Chowdhery et al. 2022 (PaLM), appendix B.
+
+        N leaves out the position embeddings, which are only looked up. Activation checkpointing's second forward is
+        not counted: it is the price, not the work.
+        """
+        parameters = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
+        return 6 * parameters + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+
+# ---- Hugging Face: a folder with config.json and model.safetensors in the layout of transformers' GPT2LMHeadModel.
+# It stores the four linear layers of a block as (in, out), where ours are (out, in); it always has biases, never the
+# padding of the vocabulary, and the tied head once.
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+ARCHITECTURE = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
+
+
+@torch.no_grad()
+def load_hf(folder: Path, dropout: float = 0.0) -> GPT:
+    """The model in a Hugging Face folder. Raises OSError or ValueError where it isn't whole, or isn't a GPT-2."""
+    safetensors = import_safetensors()
+    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in ARCHITECTURE.items():
+        if facts.get(name, value) != value:
+            raise ValueError(f"{name} is {facts[name]!r}, and only GPT-2's {value!r} is known here")
+    names = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer"}
+    names |= {"n_head": "n_head", "n_embd": "n_embd"}
+    try:
+        state = safetensors.load_file(folder / "model.safetensors")
+        model = GPT(GPTConfig(**{ours: facts[theirs] for ours, theirs in names.items()}, dropout=dropout))
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    for name, parameter in model.named_parameters():
+        tensor = state.get(name, torch.empty(0))
+        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+        rows = parameter[: model.config.vocab_size] if name == "wte.weight" else parameter  # the rest is padding
+        if tensor.shape != rows.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and config.json wants {tuple(rows.shape)}")
+        rows.copy_(tensor)
+    return model
+
+
+@torch.no_grad()
+def save_hf(model: GPT, folder: Path):
+    """Write `model` in fp32 as a Hugging Face folder."""
+    safetensors, config = import_safetensors(), model.config
+    state = {name: parameter.float().cpu() for name, parameter in model.named_parameters()}
+    state["wte.weight"] = state["wte.weight"][: config.vocab_size]
+    if not config.bias:
+        biased = [name.removesuffix(".weight") for name in state if name not in ("wte.weight", "wpe.weight")]
+        state |= {f"{name}.bias": torch.zeros(state[f"{name}.weight"].size(0)) for name in biased}
+    state = {name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous() for name, tensor in state.items()}
+    facts = ARCHITECTURE | {"architectures": ["GPT2LMHeadModel"], "n_layer": config.n_layer, "n_head": config.n_head}
+    facts |= {"n_embd": config.n_embd, "n_positions": config.block_size, "vocab_size": config.vocab_size}
+    facts |= {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}  # ours stands last
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    partial = folder / f".model.safetensors.{os.getpid()}"
+    state = {f"transformer.{name}": tensor for name, tensor in state.items()}
+    safetensors.save_file(state, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / "model.safetensors")
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("Hugging Face folders need the package safetensors: pip install safetensors") from None
+    return safetensors.torch

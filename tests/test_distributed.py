@@ -1,0 +1,49 @@
+"""Several processes train as one."""
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from conftest import metrics, tiny_run
+
+
+def losses(out_dir):
+    return metrics(out_dir, "loss") + metrics(out_dir, "val_loss")
+
+
+def test_two_gloo_ranks_equal_one_process(data_dir, tmp_path):
+    assert tiny_run(data_dir, tmp_path / "one").returncode == 0
+    result = tiny_run(data_dir, tmp_path / "two", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "x 2 ranks" in result.stdout and result.stdout.count("validation loss") == 4  # one rank speaks
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
+    one, two = (checkpoint.load(tmp_path / name / "latest.pt")["model"] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_a_run_may_change_its_number_of_ranks(data_dir, tmp_path):
+    assert tiny_run(data_dir, tmp_path / "one").returncode == 0
+    half = ["--max_steps=12", "--checkpoint_interval=6"]
+    assert tiny_run(data_dir, tmp_path / "both", *half, processes=2).returncode == 0
+    assert tiny_run(data_dir, tmp_path / "both", "--init_from=resume", "--max_steps=16").returncode == 0
+    assert tiny_run(data_dir, tmp_path / "one", "--init_from=resume", "--max_steps=16").returncode == 0
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "both"), atol=1e-4)
+
+
+def test_a_failure_speaks_once(data_dir, tmp_path):
+    result = tiny_run(data_dir, tmp_path / "run", "--batch_tokens=64", processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("must be a multiple of 128: block_size 32 x 2 ranks x micro_batch_size 2") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_two_gpus_equal_one(data_dir, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert tiny_run(data_dir, tmp_path / "one", "--device=cuda").returncode == 0
+    result = tiny_run(data_dir, tmp_path / "two", "--device=cuda", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-4)

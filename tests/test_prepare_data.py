@@ -1,0 +1,391 @@
+"""Text to shards and back: formats, tokenizers, splits, and what can be wrong with a source."""
+
+import base64
+import gzip
+import hashlib
+import http.server
+import json
+import lzma
+import random
+import struct
+import threading
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import prepare_data
+from config import INPUT_OUTPUT, Failure
+from conftest import run
+from prepare_data import Dataset, PrepareConfig, Windows
+
+
+def prepared(tmp_path, source, **changes) -> tuple:
+    """Prepare `source` and return the manifest and the tokens of its two splits."""
+    options = {"name": "mine", "source": str(source), "tokenizer": "bytes", "data_dir": str(tmp_path / "data")}
+    settings = PrepareConfig(**options | changes)
+    settings.check()
+    folder = prepare_data.prepare(settings)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tokens = {
+        split: np.concatenate([prepare_data.open_shard(folder / shard["file"]) for shard in facts["shards"]])
+        for split, facts in manifest["splits"].items()
+    }
+    return manifest, tokens["train"], tokens["val"]
+
+
+def texts_of(tokens: np.ndarray) -> list[str]:
+    """The documents in a split that was made with the tokenizer `bytes`; each starts with an end-of-text, 256."""
+    assert tokens[0] == 256
+    parts = np.split(tokens, np.flatnonzero(tokens == 256)[1:])
+    return [bytes(part[1:].astype(np.uint8)).decode() for part in parts]
+
+
+# ---- shards
+
+
+@pytest.mark.parametrize("dtype, most", [("<u2", 65535), ("<u4", 2**32 - 1)])
+def test_shards_round_trip(tmp_path, dtype, most):
+    tokens = np.random.default_rng(0).integers(0, most, 5000, endpoint=True).astype(dtype)
+    tokens[:2] = 0, most
+    sha256 = prepare_data.write_shard(tmp_path / "x.bin", tokens)
+    found = prepare_data.open_shard(tmp_path / "x.bin")
+    assert found.dtype == np.dtype(dtype) and (found == tokens).all()
+    assert hashlib.sha256((tmp_path / "x.bin").read_bytes()).hexdigest() == sha256
+
+
+@pytest.mark.parametrize("magic, version, letter", [(20240520, 1, "H"), (20240801, 7, "I")])
+def test_a_shard_in_llm_c_layout_loads(tmp_path, magic, version, letter):
+    numbers = [50256, 464, 2068, 7586, 21831]
+    header = struct.pack("<3i", magic, version, len(numbers)) + bytes(4 * 253)
+    (tmp_path / "x.bin").write_bytes(header + struct.pack(f"<5{letter}", *numbers))
+    assert prepare_data.open_shard(tmp_path / "x.bin").tolist() == numbers
+    prepare_data.write_shard(tmp_path / "ours.bin", np.array(numbers, dtype=f"<u{struct.calcsize(letter)}"))
+    assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "x.bin").read_bytes()
+
+
+def test_damaged_shards_are_refused(tmp_path):
+    prepare_data.write_shard(tmp_path / "x.bin", np.arange(100, dtype="<u2"))
+    whole = (tmp_path / "x.bin").read_bytes()
+    for content in (whole[:-1], whole[:-2], whole + b"ab", whole[:1024]):
+        (tmp_path / "x.bin").write_bytes(content)
+        with pytest.raises(Failure, match="says 100 tokens but holds"):
+            prepare_data.open_shard(tmp_path / "x.bin")
+    for content in (b"", whole[:500], b"\0" * 2000, whole[:4] + b"\7" + whole[5:]):
+        (tmp_path / "x.bin").write_bytes(content)
+        with pytest.raises(Failure, match="is not a shard"):
+            prepare_data.open_shard(tmp_path / "x.bin")
+
+
+def test_windows_cover_each_shard_and_overlap_by_one_token(tmp_path):
+    for shard, tokens in enumerate((np.arange(0, 41), np.arange(100, 125), np.arange(200, 205))):
+        prepare_data.write_shard(tmp_path / f"a_train_{shard}.bin", tokens.astype("<u2"))
+    windows = Windows(sorted(tmp_path.glob("*.bin")), block_size=10, vocab_size=300)
+    assert len(windows) == 4 + 2 + 0
+    rows = windows[np.array([3, 0, 4, 5])]
+    assert rows[:, 0].tolist() == [30, 0, 100, 110] and (np.diff(rows) == 1).all() and rows.shape == (4, 11)
+    with pytest.raises(Failure, match="holds token 110, but its tokenizer has 110 entries"):
+        Windows(windows.paths, 10, 110)[np.array([0, 4])]
+
+
+def test_a_folder_of_foreign_shards_opens_with_a_tokenizer_named(tmp_path):
+    for split in ("train", "val"):
+        prepare_data.write_shard(tmp_path / f"fineweb_{split}_000001.bin", np.arange(200, dtype="<u2"))
+    with pytest.raises(Failure, match="name its tokenizer"):
+        Dataset(tmp_path, 16)
+    dataset = Dataset(tmp_path, 16, "bytes")
+    assert len(dataset.train) == 12 and dataset.encoding.n_vocab == 257 and dataset.val_tokens_per_byte() == 0
+    with pytest.raises(Failure, match="less than one window of 201 training tokens"):
+        Dataset(tmp_path, 200, "bytes")
+
+
+# ---- tokenizers
+
+
+def trained(text: str, size: int):
+    pieces = Counter(piece.encode() for piece in prepare_data.regex.findall(prepare_data.GPT2_PATTERN, text))
+    return prepare_data.train_bpe(pieces, size), pieces
+
+
+def naive_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
+    """The definition: count all pairs, merge the most frequent one everywhere, start over."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    pieces = {piece: [bytes([byte]) for byte in piece] for piece in counts}
+    while len(tokens) < vocab_size - 1:
+        pairs = Counter()
+        for piece, parts in pieces.items():
+            for pair in pairwise(parts):
+                pairs[pair] += counts[piece]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], tokens.index(pair[0]), tokens.index(pair[1])))
+        if best[0] + best[1] not in tokens:
+            tokens.append(best[0] + best[1])
+        for parts in pieces.values():
+            position = 0
+            while position < len(parts) - 1:
+                if (parts[position], parts[position + 1]) == best:
+                    parts[position : position + 2] = [best[0] + best[1]]
+                position += 1
+    return tokens
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "abc ", "abcdefgh  ", "aé日 "])
+def test_the_bpe_trainer_equals_its_definition(alphabet):
+    for seed in range(5):
+        chooser = random.Random(seed)
+        tokens, pieces = trained("".join(chooser.choice(alphabet) for _ in range(600)), 330)
+        assert tokens == naive_bpe(pieces, 330)
+        assert len(set(tokens)) == len(tokens) > 260
+
+
+def test_the_bpe_trainer_ends_where_nothing_is_left_to_merge():
+    tokens, _ = trained("abab", 1000)
+    assert tokens[256:] == [b"ab", b"abab"]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_tokenizers_round_trip_any_bytes_and_any_text(name):
+    tokens = [bytes([byte]) for byte in range(256)]
+    if name == "bpe":
+        tokens, _ = trained("the cat sat on the mat with the other cats; that's that. " * 20, 300)
+    encoding = prepare_data.make_tokenizer(tokens, name)
+    chooser = random.Random(0)
+    for _ in range(200):
+        data = chooser.randbytes(chooser.randrange(50))
+        assert encoding.decode_bytes(encoding._encode_bytes(data)) == data
+        text = "".join(chr(chooser.choice([chooser.randrange(0xD800), chooser.randrange(0xE000, 0x110000)])) for _ in range(20))
+        text += prepare_data.END_OF_TEXT
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+        assert encoding.eot_token not in encoding.encode_ordinary(text)
+    assert encoding.n_vocab == len(tokens) + 1 == encoding.eot_token + 1
+
+
+def test_a_tokenizer_survives_its_file():
+    tokens, _ = trained("low lower lowest newer newest wider widest " * 9, 290)
+    encoding = prepare_data.make_tokenizer(tokens, "x")
+    again = prepare_data.read_tokenizer(prepare_data.write_tokenizer(encoding), "x")
+    assert again.encode_ordinary("the newest lowlands") == encoding.encode_ordinary("the newest lowlands")
+    assert again._mergeable_ranks == encoding._mergeable_ranks
+
+
+def test_bad_tokenizer_files_are_refused():
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
+    assert prepare_data.read_tokenizer("\n".join(lines), "x").n_vocab == 257
+    for bad in (["hello"], lines[:-1], lines + ["YWI= 300"], lines + ["!!!! 256"], lines + ["YQ== 256"], ["a b c"]):
+        with pytest.raises(Failure):
+            prepare_data.read_tokenizer("\n".join(bad), "x")
+
+
+# ---- datasets
+
+
+def test_documents_are_led_by_end_of_text_and_never_hold_it(tmp_path):
+    documents = [f"document {n} <|endoftext|> with é and 日本 {n * n}" for n in range(50)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    manifest, train, val = prepared(tmp_path, tmp_path / "a.jsonl")
+    found = []
+    for tokens, split in ((train, "train"), (val, "val")):
+        texts = texts_of(tokens)
+        assert len(texts) == manifest["splits"][split]["documents"]
+        assert sum(len(text.encode()) for text in texts) == manifest["splits"][split]["bytes"]
+        found += texts
+    assert sorted(found) == sorted(documents)
+    assert manifest["documents"] == {"in": 50, "kept": 50, "dropped": {"empty": 0}}
+
+
+def test_adding_documents_moves_none_to_the_other_split(tmp_path):
+    lines = [json.dumps({"text": f"document {n}"}) + "\n" for n in range(200)]
+    splits = []
+    for count in (100, 200):
+        (tmp_path / "a.jsonl").write_text("".join(lines[:count]))
+        _, train, val = prepared(tmp_path, tmp_path / "a.jsonl", name=f"first{count}")
+        splits.append([set(texts_of(train)), set(texts_of(val))])
+    (train_100, val_100), (train_200, val_200) = splits
+    assert train_100 < train_200 and val_100 < val_200 and 5 < len(val_200) < 40
+
+
+def test_a_single_document_is_cut(tmp_path):
+    text = "".join(f"line {n}\n" for n in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    manifest, train, val = prepared(tmp_path, tmp_path / "a.txt")
+    assert texts_of(train)[0] + texts_of(val)[0] == text and len(val) == pytest.approx(len(text) / 10, abs=2)
+    bits = manifest["splits"]["val"]["compressed_bits_per_byte"]
+    val_text = texts_of(val)[0].encode()
+    assert bits["lzma -9"] == 8 * len(lzma.compress(val_text, preset=9)) / len(val_text)
+    assert bits["gzip -9"] == pytest.approx(8 * len(gzip.compress(val_text, 9)) / len(val_text), rel=0.01)
+
+
+def test_shards_are_cut_at_shard_tokens_and_hashed(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 100)
+    manifest, train, val = prepared(tmp_path, tmp_path / "a.txt", shard_tokens=250)
+    shards = manifest["splits"]["train"]["shards"]
+    assert [shard["tokens"] for shard in shards] == [250, 250, 250, 151]
+    for shard in shards:
+        content = (tmp_path / "data" / "mine" / shard["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+
+
+def test_a_folder_of_every_kind_of_file(tmp_path):
+    source = tmp_path / "texts" / "deeper"
+    source.mkdir(parents=True)
+    (source / "a.txt").write_text("text\r\nlines", newline="")
+    (source / "b.md").write_bytes("\ufeffmarked".encode())
+    (source / "c.py").write_text("python")
+    (source / "d.txt.gz").write_bytes(gzip.compress(b"gzipped"))
+    (source / "e.jsonl.xz").write_bytes(lzma.compress(b'{"body": "json 1"}\n{"body": "json 2", "x": 1}\n'))
+    (source / "f.png").write_bytes(b"\x89PNG")
+    (source / "g.txt").write_text(" \n")
+    manifest, train, val = prepared(tmp_path, tmp_path / "texts", text_field="body", val_fraction=0.5)
+    found = texts_of(train) + texts_of(val)
+    assert sorted(found) == ["gzipped", "json 1", "json 2", "marked", "python", "text\nlines"]
+    assert manifest["documents"] == {"in": 7, "kept": 6, "dropped": {"empty": 1}}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"fine \xff\xfe", "a.txt is not UTF-8 text"),
+        ("a.txt", b"", "too little text"),
+        ("a.txt", b" \n\t ", "too little text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl:1: no text in field 'text'; its fields: body"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: no text"),
+        ("a.jsonl", b"[1]\n", "a.jsonl:1: no text"),
+        ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], "a.txt.gz is cut or damaged"),
+        ("a.txt.xz", lzma.compress(b"x" * 999)[:-9], "a.txt.xz is cut or damaged"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz is cut or damaged"),
+        ("a.txt.xz", b"no xz", "a.txt.xz is cut or damaged"),
+    ],
+)
+def test_bad_sources_are_refused_and_leave_nothing(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Failure) as failure:
+        prepared(tmp_path, tmp_path / name)
+    assert message in str(failure.value) and failure.value.code == 2
+    assert not list(tmp_path.glob("data/*")) and not list(tmp_path.glob("data/.*"))
+
+
+def test_missing_sources_are_refused(tmp_path):
+    with pytest.raises(Failure, match="there is no such file or folder"):
+        prepared(tmp_path, tmp_path / "none")
+    with pytest.raises(Failure, match="holds none of .txt"):
+        prepared(tmp_path, tmp_path)
+
+
+def test_a_failure_while_writing_leaves_no_dataset(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(prepare_data, "write_shard", fail)
+    with pytest.raises(OSError, match="disk full"):
+        prepared(tmp_path, tmp_path / "a.txt")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_dataset_is_not_overwritten_by_another(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    first, _, _ = prepared(tmp_path, tmp_path / "a.txt")
+    assert prepared(tmp_path, tmp_path / "a.txt")[0] == first
+    assert "is there already" in capsys.readouterr().out
+    with pytest.raises(Failure, match="was made from"):
+        prepared(tmp_path, tmp_path / "a.txt", val_fraction=0.2)
+    (tmp_path / "data" / "other").mkdir()
+    with pytest.raises(Failure, match="holds something else already"):
+        prepared(tmp_path, tmp_path / "a.txt", name="other")
+
+
+def test_a_changed_tokenizer_file_is_noticed(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    prepared(tmp_path, tmp_path / "a.txt")
+    path = tmp_path / "data" / "mine" / "tokenizer.tiktoken"
+    path.write_text(path.read_text().replace("AA== 0", "AQ== 0"))
+    with pytest.raises(Failure, match="differs from its manifest"):
+        Dataset(path.parent, 16)
+
+
+def test_the_command_line_trains_a_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat with the other cats " * 50)
+    options = ["--source=a.txt", "--tokenizer=bpe:270"]
+    result = run(prepare_data.__file__, "cats", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    dataset = Dataset(tmp_path / "data" / "cats", 8)
+    assert dataset.encoding.n_vocab == 270 == dataset.manifest["tokenizer"]["vocab_size"]
+    assert "1 of 1 documents" in result.stdout and "--dataset=cats" in result.stdout
+
+
+def test_stdlib_documents_are_the_modules_without_tests():
+    documents = list(prepare_data.stdlib_documents())
+    assert 300 < len(documents) and 5e6 < sum(map(len, documents)) < 50e6
+    assert any("class HTTPConnection:" in document for document in documents)
+    assert not any("class BaseTaskTests" in document for document in documents)  # of test_asyncio
+
+
+# ---- downloads
+
+
+@pytest.fixture
+def server():
+    """A loopback server; its `answer` is called with each request's handler."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.url = f"http://127.0.0.1:{server.server_port}/x"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def send(handler, body: bytes, length: int | None = None, status: int = 200):
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+BODY = b"to be or not to be" * 5000
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+def test_a_download_arrives_whole_and_once(tmp_path, server):
+    requests = []
+    server.answer = lambda handler: (requests.append(1), send(handler, BODY))
+    for _ in range(2):
+        assert prepare_data.fetch(tmp_path / "f", server.url, SHA256, 10**6).read_bytes() == BODY
+    assert len(requests) == 1 and [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (lambda handler: send(handler, BODY, status=404), "could not download"),
+        (lambda handler: send(handler, BODY[:-5], length=len(BODY)), "could not download|has SHA-256"),
+        (lambda handler: send(handler, BODY[:-5] + b"wrong"), "has SHA-256"),
+        (lambda handler: send(handler, BODY * 20), "more than 1000000 bytes"),
+    ],
+)
+def test_a_bad_download_leaves_nothing(tmp_path, server, answer, message):
+    server.answer = answer
+    with pytest.raises(Failure, match=message) as failure:
+        prepare_data.fetch(tmp_path / "f", server.url, SHA256, 10**6)
+    assert failure.value.code == INPUT_OUTPUT and not list(tmp_path.iterdir())
+
+
+def test_without_a_network_the_message_says_what_to_put_where(tmp_path):
+    with pytest.raises(Failure, match=f"put that file at {tmp_path / 'f'}"):
+        prepare_data.fetch(tmp_path / "f", "http://127.0.0.1:9/x", SHA256, 10**6)
+
+
+def test_a_wrong_file_in_place_is_noticed(tmp_path):
+    (tmp_path / "f").write_bytes(b"other")
+    with pytest.raises(Failure, match="delete it to download it anew"):
+        prepare_data.fetch(tmp_path / "f", "http://127.0.0.1:9/x", SHA256, 10**6)

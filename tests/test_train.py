@@ -1,0 +1,331 @@
+"""Properties of training: the order of the data, the schedule, exact resume, and what a run leaves behind."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train
+from config import IN_USE, NO_CHECKPOINT, NOT_FINITE
+from conftest import ROOT, metrics, tiny_arguments, tiny_run
+from model import GPT, GPTConfig, save_hf
+from train import TrainConfig
+
+
+def weights(out_dir, name="latest.pt"):
+    return checkpoint.load(out_dir / name)["model"]
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """The folder and the output of an uninterrupted run, with dropout."""
+    out_dir = tmp_path_factory.mktemp("finished") / "run"
+    result = tiny_run(data_dir, out_dir, "--dropout=0.2", "--sample_prompt=Chapter")
+    assert result.returncode == 0, result.stderr
+    return out_dir, result.stdout
+
+
+# ---- the order of the data
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 65, 1000])
+def test_a_shuffle_holds_everything_once(count):
+    orders = [train.shuffled(np.arange(count), count, key).tolist() for key in (1, 2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(count))
+    assert count < 7 or orders[0] != orders[1] != list(range(count))
+
+
+def test_a_shuffle_looks_random():
+    order = train.shuffled(np.arange(20_000), 20_000, 5).astype(float)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.03
+    assert abs(np.corrcoef(order, np.arange(20_000))[0, 1]) < 0.03
+    steps = np.abs(np.diff(order)).mean() / 20_000
+    assert steps == pytest.approx(1 / 3, abs=0.01)  # the mean distance of two points on a line
+
+
+def test_a_shuffle_of_a_trillion_needs_no_memory():
+    found = train.shuffled(np.arange(10**12 - 50, 10**12), 10**12, 5)
+    assert len(set(found.tolist())) == 50 and found.min() >= 0 and found.max() < 10**12
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_window_once_an_epoch_and_the_same_batch_on_any_ranks(world_size):
+    class Windows:  # gives back which windows were asked for
+        def __len__(self):
+            return 48
+
+        def __getitem__(self, indices):
+            return np.repeat(indices[:, None], 5, axis=1)
+
+    settings = TrainConfig(block_size=4, batch_tokens=64, micro_batch_size=2)
+    micro_steps = 64 // (4 * 2 * world_size)
+    batches = []
+    for step in range(6):
+        rows = []
+        for rank in range(world_size):
+            ranks = train.Ranks(rank, world_size, torch.device("cpu"))
+            for micro_step in range(micro_steps):
+                tokens, targets = train.micro_batch(Windows(), settings, ranks, step, micro_step)
+                assert tokens.shape == targets.shape == (2, 4)
+                rows += tokens[:, 0].tolist()
+        batches.append(sorted(rows))
+    epochs = [sorted(sum(batches[:3], [])), sorted(sum(batches[3:], []))]
+    assert epochs[0] == epochs[1] == list(range(48))
+    assert batches[:3] != batches[3:]
+    alone = [sorted(train.window_indices(step * 16, 16, 48, settings.seed).tolist()) for step in range(6)]
+    assert batches == alone
+
+
+def test_an_epoch_may_end_inside_a_batch():
+    indices = train.window_indices(0, 25, 10, seed=3)
+    assert sorted(indices[:10]) == sorted(indices[10:20]) == list(range(10))
+    assert (train.window_indices(8, 4, 10, seed=3) == indices[8:12]).all()
+    assert (train.window_indices(0, 25, 10, seed=4) != indices).any()
+
+
+# ---- the optimizer and its schedule
+
+
+def test_learning_rate():
+    settings = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    rates = [train.learning_rate_at(step, settings) for step in range(111)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[35] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:]))
+
+
+def test_matrices_and_embeddings_decay_and_vectors_do_not():
+    model = GPT(GPTConfig(vocab_size=97, block_size=8, n_layer=2, n_head=2, n_embd=16))
+    optimizer = train.make_optimizer(model, TrainConfig(weight_decay=0.3, beta1=0.8, beta2=0.9))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay.pop(id(parameter)) == (0.3 if parameter.dim() == 2 else 0.0), name
+    assert not decay and optimizer.defaults["betas"] == (0.8, 0.9)
+
+
+def test_a_step_is_the_one_of_the_plain_optimizer(data_dir, tmp_path):
+    """One step of the loop, with accumulation and clipping, against the textbook in a few lines."""
+    shape = ["--max_steps=1", "--warmup_steps=0", "--grad_clip=0.5", "--batch_tokens=256", "--beta2=0.9"]
+    assert tiny_run(data_dir, tmp_path / "run", *shape).returncode == 0
+    state = checkpoint.load(tmp_path / "run" / "latest.pt")
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(**state["model_config"]))
+    windows = train.prepare_data.Dataset(data_dir / "tiny", 32).train
+    rows = torch.from_numpy(windows[train.window_indices(0, 8, len(windows), 1337)])
+    loss = model(rows[:, :-1], rows[:, 1:])
+    loss.backward()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+    ((logged_loss, logged_norm),) = metrics(tmp_path / "run", "loss", "grad_norm")
+    assert logged_loss == pytest.approx(loss.item(), abs=1e-5) and logged_norm == pytest.approx(norm.item(), abs=1e-4)
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad * min(1, 0.5 / norm)
+        decayed = parameter.detach() * (1 - 1e-2 * (0.1 if parameter.dim() == 2 else 0))
+        wanted = decayed - 1e-2 * gradient / (gradient.abs() + 1e-8)  # at the first step both moments are the gradient's
+        close = (state["model"][name] - wanted).abs() < 1e-5
+        assert close[gradient.abs() > 1e-6].all(), name
+
+
+# ---- a run
+
+
+def test_a_run_learns_and_leaves_what_it_promises(finished):
+    out_dir, printed = finished
+    assert {path.name for path in out_dir.iterdir()} >= {"latest.pt", "best.pt", "metrics.jsonl", "lock"}
+    losses = metrics(out_dir, "step", "loss")
+    assert [step for step, _ in losses] == list(range(1, 13))
+    assert losses[0][1] == pytest.approx(math.log(257), abs=0.1) and losses[-1][1] < losses[0][1] - 0.5
+    evals = metrics(out_dir, "step", "val_loss", "bits_per_byte")
+    assert [step for step, _, _ in evals] == [4, 8, 12]
+    best = checkpoint.load(out_dir / "best.pt")
+    assert best["val_loss"] == min(loss for _, loss, _ in evals) and "optimizer" not in best
+    val_loss, bits = evals[-1][1:]
+    for text in (f"validation loss {val_loss:.4f}", f"perplexity {math.exp(val_loss):.2f}", f"{bits:.3f}", "lzma -9 needs"):
+        assert text in printed
+    assert f"python sample.py --checkpoint={out_dir / 'latest.pt'}" in printed
+    assert "Chapter" in printed.split("python sample.py")[1]
+    assert ("loss.png" in printed) and ((out_dir / "loss.png").exists() or "pip install matplotlib" in printed)
+
+
+def test_bits_per_byte_counts_every_byte_of_the_text(finished, data_dir):
+    out_dir, _ = finished
+    dataset = train.prepare_data.Dataset(data_dir / "tiny", 32)
+    facts = dataset.manifest["splits"]["val"]
+    ((val_loss, bits),) = metrics(out_dir, "val_loss", "bits_per_byte")[-1:]
+    assert bits == pytest.approx(val_loss * facts["tokens"] / math.log(2) / facts["bytes"])
+
+
+def test_evaluation_is_the_mean_over_its_windows(finished, data_dir):
+    out_dir, _ = finished
+    state = checkpoint.load(out_dir / "latest.pt")
+    model = GPT(GPTConfig(**state["model_config"])).eval()
+    model.load_state_dict(state["model"])
+    windows = train.prepare_data.Dataset(data_dir / "tiny", 32).val
+    count = 1000 // 32
+    rows = windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
+    rows = torch.from_numpy(rows)
+    with torch.no_grad():
+        wanted = model(rows[:, :-1], rows[:, 1:]).item()
+    assert state["val_loss"] == pytest.approx(wanted, abs=1e-5)
+    assert count % 2 == 1  # so that the last batch is not a full one
+
+
+def interrupt(data_dir, out_dir, number: int, at_step: int, *options) -> int:
+    """Start a run, send it the signal once it has logged `at_step`, and return its exit code."""
+    command = [sys.executable, "train.py", *tiny_arguments(data_dir, out_dir), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out_dir / "metrics.jsonl").exists() and max([0, *sum(metrics(out_dir, "step"), ())]) >= at_step:
+                process.send_signal(number)
+                break
+            time.sleep(0.002)
+        return process.wait(60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
+def test_a_run_stopped_and_killed_and_resumed_equals_an_uninterrupted_one(data_dir, tmp_path):
+    options = ["--dropout=0.2", "--max_steps=120", "--checkpoint_interval=7", "--eval_interval=20"]
+    assert tiny_run(data_dir, tmp_path / "whole", *options).returncode == 0
+    out_dir = tmp_path / "parts"
+    assert interrupt(data_dir, out_dir, signal.SIGTERM, 25, *options) == 0
+    stopped = checkpoint.load(out_dir / "latest.pt")["step"]
+    assert stopped == metrics(out_dir, "step", "loss")[-1][0] < 120
+    assert interrupt(data_dir, out_dir, signal.SIGKILL, stopped + 25, *options, "--init_from=resume") == -signal.SIGKILL
+    killed = checkpoint.load(out_dir / "latest.pt")["step"]
+    assert stopped < killed < 120 and killed % 7 == 0
+    assert tiny_run(data_dir, out_dir, *options, "--init_from=resume").returncode == 0
+    for name in ("latest.pt", "best.pt"):
+        whole, parts = (checkpoint.load(folder / name) for folder in (tmp_path / "whole", out_dir))
+        assert same(whole["model"], parts["model"]) and whole["step"] == parts["step"]
+    moments = [checkpoint.load(folder / "latest.pt")["optimizer"] for folder in (tmp_path / "whole", out_dir)]
+    assert checkpoint.checksum(moments[0]) == checkpoint.checksum(moments[1])
+    for keys in (("step", "loss", "grad_norm", "learning_rate"), ("step", "val_loss", "bits_per_byte")):
+        assert metrics(tmp_path / "whole", *keys) == metrics(out_dir, *keys)
+
+
+def test_dropout_is_there_and_depends_on_the_seed_and_the_step(finished, data_dir, tmp_path):
+    with_dropout = metrics(finished[0], "loss")
+    assert tiny_run(data_dir, tmp_path / "none").returncode == 0
+    assert tiny_run(data_dir, tmp_path / "again", "--dropout=0.2").returncode == 0
+    assert metrics(tmp_path / "none", "loss") != with_dropout == metrics(tmp_path / "again", "loss")
+
+
+def test_activation_checkpointing_trains_the_same(finished, data_dir, tmp_path):
+    assert tiny_run(data_dir, tmp_path / "run", "--dropout=0.2", "--activation_checkpointing=True").returncode == 0
+    assert same(weights(finished[0]), weights(tmp_path / "run"))
+
+
+def test_the_micro_batch_changes_only_rounding(finished, data_dir, tmp_path):
+    assert tiny_run(data_dir, tmp_path / "two").returncode == 0
+    for size in (8, 0):  # the whole batch at once, and found by the program
+        out_dir = tmp_path / f"other{size}"
+        result = tiny_run(data_dir, out_dir, f"--micro_batch_size={size}")
+        assert result.returncode == 0 and "8 sequences of 32 x 1 micro-steps" in result.stdout
+        assert np.allclose(metrics(out_dir, "loss"), metrics(tmp_path / "two", "loss"), atol=1e-4)
+
+
+def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path):
+    pytest.importorskip("safetensors")
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=1, n_embd=8))
+    save_hf(model, tmp_path / "hf")
+    start = [f"--init_from={tmp_path / 'hf'}", "--max_steps=1", "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
+    result = tiny_run(data_dir, tmp_path / "run", *start)
+    assert result.returncode == 0, result.stderr
+    assert same(weights(tmp_path / "run"), model.state_dict())
+    result = tiny_run(data_dir, tmp_path / "run", *start[:1], "--init_from=resume", "--max_steps=2")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, code, message",
+    [
+        (["--init_from=resume", "--out_dir=none"], NO_CHECKPOINT, "there is no checkpoint"),
+        (["--init_from=nowhere"], 2, "is not scratch, resume or a GPT-2 folder"),
+        (["--dataset=nothing"], 2, "python prepare_data.py nothing --source=PATH"),
+        (["--block_size=8192", "--batch_tokens=16384"], 2, "less than one window of 8193 training tokens"),
+        (["--device=mps"], 2, "finds only"),
+        (["--learning_rate=1e30", "--min_lr=0"], NOT_FINITE, "Try a lower --learning_rate"),
+    ],
+)
+def test_what_cannot_run_says_so(data_dir, tmp_path, options, code, message):
+    options = [option.replace("none", str(tmp_path / "none")) for option in options]
+    result = tiny_run(data_dir, tmp_path / "run", *options)
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr and result.stderr.count("\n") <= 3
+    assert not (tmp_path / "run" / "latest.pt").exists() or code == NOT_FINITE
+
+
+def test_numbers_that_are_lost_reach_no_checkpoint(data_dir, tmp_path):
+    options = ["--learning_rate=1e30", "--min_lr=0", "--checkpoint_interval=1", "--log_interval=12"]
+    assert tiny_run(data_dir, tmp_path / "run", *options).returncode == NOT_FINITE
+    for path in (tmp_path / "run").glob("*.pt"):
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run", path.name).values())
+
+
+def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+    assert tiny_run(data_dir, out_dir).returncode == 0
+    before = weights(out_dir)
+    for options, message in (
+        ([], "holds a run already"),
+        (["--init_from=resume", "--n_embd=32"], "n_embd (was 16, now 32)"),
+        (["--init_from=resume", "--seed=3", "--batch_tokens=512"], "batch_tokens (was 256, now 512), seed (was 1337"),
+    ):
+        result = tiny_run(data_dir, out_dir, *options)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    with checkpoint.locked(out_dir):
+        result = tiny_run(data_dir, out_dir, "--init_from=resume")
+        assert result.returncode == IN_USE and "in use by another run" in result.stderr
+    assert same(weights(out_dir), before)
+    assert tiny_run(data_dir, out_dir, "--overwrite=True", "--seed=3").returncode == 0
+    assert not same(weights(out_dir), before)
+
+
+def test_a_finished_run_can_be_taken_further(data_dir, tmp_path):
+    assert tiny_run(data_dir, tmp_path / "run").returncode == 0
+    result = tiny_run(data_dir, tmp_path / "run", "--init_from=resume")
+    assert result.returncode == 0 and "validation loss" in result.stdout
+    assert tiny_run(data_dir, tmp_path / "run", "--init_from=resume", "--max_steps=14").returncode == 0
+    assert [step for step, _ in metrics(tmp_path / "run", "step", "loss")] == list(range(1, 15))
+
+
+def test_bf16_follows_fp32(data_dir, tmp_path):
+    assert tiny_run(data_dir, tmp_path / "fp32").returncode == 0
+    assert tiny_run(data_dir, tmp_path / "bf16", "--dtype=bfloat16").returncode == 0
+    assert np.allclose(metrics(tmp_path / "fp32", "loss"), metrics(tmp_path / "bf16", "loss"), atol=0.05)
+    assert metrics(tmp_path / "fp32", "loss") != metrics(tmp_path / "bf16", "loss")
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_as_the_cpu_does(data_dir, tmp_path):
+    assert tiny_run(data_dir, tmp_path / "cpu").returncode == 0
+    for name, options, tolerance in (
+        ("plain", ["--dtype=float32", "--compile=off"], 1e-3),
+        ("compiled", ["--dtype=float32", "--compile=on"], 1e-3),
+        ("auto", ["--dtype=auto", "--compile=auto"], 0.05),
+    ):
+        result = tiny_run(data_dir, tmp_path / name, "--device=auto", *options)
+        assert result.returncode == 0, result.stderr
+        assert ("compiling" in result.stdout) == (name != "plain") and ("in bfloat16" in result.stdout) == (name == "auto")
+        assert np.allclose(metrics(tmp_path / "cpu", "loss"), metrics(tmp_path / name, "loss"), atol=tolerance)
+        assert same_names(tmp_path / "cpu", tmp_path / name)
+    result = tiny_run(data_dir, tmp_path / "found", "--device=cuda", "--micro_batch_size=0")
+    assert result.returncode == 0 and "8 sequences of 32 x 1 micro-steps" in result.stdout
+
+
+def same_names(left, right) -> bool:
+    return weights(left).keys() == weights(right).keys()

@@ -1,0 +1,716 @@
+"""Train a GPT: one process on a laptop, or one per GPU under torchrun.
+
+    python train.py config/small.py                                    everything from text to a sample, in minutes
+    python train.py config/gpt2_124m.py --dataset=mine --max_steps=1000
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
+    python train.py config/small.py --init_from=resume                 go on where a run stopped
+
+Read from the bottom up: `main` tells the story of a run, `train` is the loop. Above them, in this order: what a run
+is set to, which tokens a step sees, the optimizer and its schedule, ranks, evaluation, the log, and checkpoints.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+
+import config
+from config import NOT_FINITE, Failure
+
+
+@dataclass
+class TrainConfig:
+    """Train a GPT on a dataset of data/ and keep it in a folder of out/. The defaults are GPT-2 124M's."""
+
+    out_dir: str = "out/run"  # the run's folder: checkpoints, metrics.jsonl, loss.png
+    init_from: str = "scratch"  # scratch, resume (out_dir's run goes on), or a folder in Hugging Face's GPT-2 layout
+    overwrite: bool = False  # start anew although out_dir holds a run, and lose that
+    seed: int = 1337  # of the first weights, the order of the data, and dropout
+    dataset: str = "stdlib"  # a folder in data_dir; stdlib and shakespeare are prepared when missing
+    data_dir: str = "data"  # the folder that datasets stand in
+    tokenizer: str = ""  # of shards made elsewhere, without a manifest: gpt2, bytes, or a .tiktoken file
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads a block
+    n_embd: int = 768  # width
+    block_size: int = 1024  # context, tokens
+    dropout: float = 0.0  # share of activations zeroed in training
+    bias: bool = True  # in linear layers and layer norms, as in GPT-2
+    batch_tokens: int = 512 * 1024  # tokens an optimizer step sees, over all ranks
+    micro_batch_size: int = 0  # sequences a device holds at once; 0 = as many as fit, found by trying
+    max_steps: int = 19073  # optimizer steps; 19,073 of 0.5M tokens are 10B
+    learning_rate: float = 6e-4  # its peak, after warm-up
+    min_lr: float = 6e-5  # where the cosine ends
+    warmup_steps: int = 700  # linear, from 0 to learning_rate
+    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and layer norms
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # and of its square
+    grad_clip: float = 1.0  # longest gradient, by its norm; 0 = off
+    eval_interval: int = 250  # steps between evaluations; one more follows the last step
+    eval_tokens: int = 10 * 1024 * 1024  # validation tokens an evaluation scores, the same each time
+    checkpoint_interval: int = 1000  # steps between checkpoints; one more follows the last step
+    log_interval: int = 10  # steps between lines of the log
+    sample_prompt: str = ""  # text that the finished model continues; "" = off
+    device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
+    dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where the device is fast in it
+    compile: str = "auto"  # on, off, or auto: on for cuda
+    activation_checkpointing: bool = False  # memory for about a third more compute
+
+    def check(self):
+        """Raise ValueError where a value, or two together, make no sense."""
+        for names, low in (
+            ("n_layer n_head n_embd block_size batch_tokens max_steps eval_interval eval_tokens", 1),
+            ("checkpoint_interval log_interval", 1),
+            ("seed micro_batch_size warmup_steps weight_decay grad_clip dropout learning_rate min_lr beta1 beta2", 0),
+        ):
+            for name in names.split():
+                if getattr(self, name) < low:
+                    raise ValueError(f"{name} is {getattr(self, name)} and must be at least {low}")
+        for name in ("dropout", "beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)} and must be below 1")
+        for name, choices in (
+            ("device", ("auto", "cpu", "cuda", "mps")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("compile", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r} and must be one of {', '.join(choices)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        unit = self.block_size * world_size * max(1, self.micro_batch_size)
+        if self.batch_tokens % unit:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} must be a multiple of {unit}: block_size {self.block_size} x "
+                f"{world_size} ranks x micro_batch_size {max(1, self.micro_batch_size)}; "
+                f"the nearest is {max(1, round(self.batch_tokens / unit)) * unit}"
+            )
+
+
+if __name__ == "__main__":  # the settings come first: a mistake in them shows before torch's seconds of loading
+    settings = config.load(TrainConfig, sys.argv[1:])
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import prepare_data
+from model import GPT, GPTConfig, load_hf
+
+# ---- which tokens a step sees: a pure function of the seed and the step, so resuming needs no state but the step
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit integers: the finaliser of SplitMix64, Steele et al. 2014."""
+    x = np.asarray(x, dtype=np.uint64).reshape(-1) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hashed(*numbers: int) -> int:
+    """One 64-bit integer that depends on all of `numbers` and their order."""
+    result = np.uint64(0)
+    for number in numbers:
+        result = mix(result ^ mix(number))[0]
+    return int(result)
+
+
+def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
+    """Where a shuffle of 0..count-1 puts `positions`, without ever holding the shuffle.
+
+    A Feistel network (Luby & Rackoff 1988) permutes the next power of four; what lands outside is sent through again
+    until it lands inside (cycle-walking, Black & Rogaway 2002).
+    """
+    half = np.uint64(max(1, math.ceil((count - 1).bit_length() / 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+
+    def permute(x):
+        left, right = x >> half, x & mask
+        for round_key in range(6):
+            left, right = right, left ^ (mix(right ^ np.uint64(hashed(key, round_key))) & mask)
+        return left << half | right
+
+    result = permute(positions.astype(np.uint64))
+    while (outside := result >= count).any():
+        result[outside] = permute(result[outside])
+    return result.astype(np.int64)
+
+
+def window_indices(first: int, count: int, windows: int, seed: int) -> np.ndarray:
+    """The windows at places first..first+count-1 of the run: each of the `windows` once an epoch, shuffled anew."""
+    places = np.arange(first, first + count)
+    epochs = places // windows
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        indices[epochs == epoch] = shuffled(places[epochs == epoch] % windows, windows, hashed(seed, int(epoch)))
+    return indices
+
+
+def micro_batch(windows, settings: TrainConfig, ranks: "Ranks", step: int, micro_step: int):
+    """This rank's tokens and targets, each (micro_batch_size, block_size), on its device.
+
+    The ranks take turns through the step's sequences, so that any number of ranks sees the same global batch.
+    """
+    turn = micro_step * ranks.world_size + ranks.rank
+    first = step * (settings.batch_tokens // settings.block_size) + turn * settings.micro_batch_size
+    indices = window_indices(first, settings.micro_batch_size, len(windows), settings.seed)
+    return to_device(windows[indices], ranks.device)
+
+
+def to_device(windows: np.ndarray, device: torch.device):
+    """Split windows (B, T + 1) into tokens and targets (B, T) on the device."""
+    batch = torch.from_numpy(windows)
+    if device.type == "cuda":  # pinned memory is copied while the GPU works on
+        batch = batch.pin_memory()
+    batch = batch.to(device, non_blocking=device.type == "cuda")
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+# ---- the optimizer and its schedule
+
+
+def make_optimizer(model: GPT, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, Loshchilov & Hutter 2019; matrices and embeddings decay, vectors do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+
+
+def learning_rate_at(step: int, settings: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to min_lr: Loshchilov & Hutter 2017."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.max_steps - settings.warmup_steps)
+    return settings.min_lr + (settings.learning_rate - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ---- ranks: one process a device, each with the whole model and its share of the batch
+
+
+@dataclass
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def least(self, value: int) -> int:
+        """The smallest `value` that a rank has, agreed on between the processors without waiting for a GPU."""
+        if self.world_size > 1:
+            agreed = torch.tensor(value)
+            dist.all_reduce(agreed, dist.ReduceOp.MIN)
+            return int(agreed)
+        return value
+
+
+@contextlib.contextmanager
+def start_ranks(device_name: str):
+    """Yield this process's Ranks; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK."""
+    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = config.find_device(device_name)
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise Failure(f"rank {rank} wants GPU {local_rank}, but this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size <= 1:
+        yield Ranks(0, 1, device)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- what the device decides
+
+
+def decide(settings: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Replace the settings that say auto."""
+    compile_ = {"auto": "on" if ranks.device.type == "cuda" else "off"}.get(settings.compile, settings.compile)
+    dtype = fastest_dtype(ranks.device) if settings.dtype == "auto" else settings.dtype
+    return replace(settings, device=ranks.device.type, compile=compile_, dtype=dtype)
+
+
+def fastest_dtype(device: torch.device) -> str:
+    """bfloat16 where the device has units for it; on a CPU where it multiplies at twice the rate of float32, timed."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "mps":
+        return "float32"
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        x = torch.ones(512, 512, dtype=getattr(torch, name))
+        x @ x  # warms up
+        started = time.perf_counter()
+        x @ x
+        seconds[name] = time.perf_counter() - started
+    return "bfloat16" if seconds["bfloat16"] < seconds["float32"] / 2 else "float32"
+
+
+def fitting_micro_batch_size(model: GPT, settings: TrainConfig, ranks: Ranks) -> int:
+    """The most sequences, a divisor of this rank's share of a step, whose forward and backward fit the device.
+
+    Tried uncompiled, which needs more memory than compiled, with room kept for the optimizer's two moments and the
+    gradients' copy that data parallelism sends. A CPU runs fastest out of its caches: about 1,024 tokens at once.
+    """
+    share = settings.batch_tokens // settings.block_size // ranks.world_size
+    most = max(1, (65536 if ranks.device.type == "cuda" else 1024) // settings.block_size)
+    sizes = [size for size in range(min(share, most), 0, -1) if share % size == 0]
+    fitting = sizes[0] if ranks.device.type != "cuda" else next((s for s in sizes if fits(model, settings, s)), 0)
+    fitting = ranks.least(fitting)
+    if not fitting:
+        raise Failure("not one sequence fits this device; try --activation_checkpointing=True or a smaller block_size")
+    return fitting
+
+
+def fits(model: GPT, settings: TrainConfig, sequences: int) -> bool:
+    device = model.wte.weight.device
+    try:
+        reserve = torch.empty(12 * sum(p.numel() for p in model.parameters()), dtype=torch.uint8, device=device)
+        tokens = torch.zeros(sequences, settings.block_size, dtype=torch.int64, device=device)
+        with autocast(settings):
+            loss = model(tokens, tokens)
+        loss.backward()
+        del reserve
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad()
+        torch.cuda.empty_cache()
+
+
+def autocast(settings: TrainConfig):
+    """Matrix products in bfloat16 where dtype says so; weights, norms and the loss stay in float32."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bfloat16")
+
+
+PEAK_TFLOPS = {  # dense bfloat16, by the vendors' datasheets; the first name found in the device's own counts
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
+
+
+def peak_flops(settings: TrainConfig) -> float:
+    """FLOP/s that the device could do at most; 0 where it isn't known."""
+    if settings.device != "cuda" or settings.dtype != "bfloat16":
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), 0.0)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory this process has held, on its GPU or else in all; 0 where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---- the run: what the loop works on
+
+
+@dataclass
+class Run:
+    settings: TrainConfig
+    ranks: Ranks
+    dataset: prepare_data.Dataset
+    model: GPT
+    optimizer: torch.optim.AdamW
+    step: int = 0  # optimizer steps done
+    best_val_loss: float = math.inf
+    val_loss: float = math.inf  # of the newest evaluation
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.out_dir)
+
+    def say(self, text: str):
+        if self.ranks.rank == 0:
+            print(text, flush=True)
+
+    def record(self, **values):
+        """Append one line to metrics.jsonl."""
+        if self.ranks.rank == 0:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def open_dataset(settings: TrainConfig, ranks: Ranks) -> prepare_data.Dataset:
+    """Open the dataset, prepared first where it is a missing one that we know how to make."""
+    folder = Path(settings.data_dir) / settings.dataset
+    if ranks.rank == 0 and not folder.exists():
+        if settings.dataset not in prepare_data.NAMED:
+            raise Failure(f"{folder} does not exist; make it: python prepare_data.py {settings.dataset} --source=PATH")
+        prepare_settings = prepare_data.PrepareConfig(name=settings.dataset, data_dir=settings.data_dir)
+        prepare_settings.check()
+        prepare_data.prepare(prepare_settings)
+    ranks.least(0)  # the others wait here
+    return prepare_data.Dataset(folder, settings.block_size, settings.tokenizer)
+
+
+def start_run(settings: TrainConfig, ranks: Ranks, dataset: prepare_data.Dataset) -> Run:
+    """Build the model and its optimizer, new, from a Hugging Face folder, or as they stood in the run's checkpoint."""
+    saved = checkpoint.load(Path(settings.out_dir) / "latest.pt") if settings.init_from == "resume" else None
+    if saved:
+        check_same_run(saved, settings, dataset)
+    torch.manual_seed(settings.seed)  # the same weights on any device: they are drawn on the CPU
+    if saved or settings.init_from == "scratch":
+        shape = {f.name: getattr(settings, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
+        shape = saved["model_config"] if saved else shape | {"vocab_size": dataset.encoding.n_vocab}
+        model = GPT(GPTConfig(**shape))
+    else:
+        try:
+            model = load_hf(Path(settings.init_from), dropout=settings.dropout)
+        except (OSError, ValueError) as error:
+            raise Failure(f"init_from {settings.init_from} is not scratch, resume or a GPT-2 folder: {error}") from None
+        if model.config.vocab_size < dataset.encoding.n_vocab or model.config.block_size < settings.block_size:
+            raise Failure(
+                f"{settings.init_from} has a vocabulary of {model.config.vocab_size} and contexts of "
+                f"{model.config.block_size}; the dataset and block_size want {dataset.encoding.n_vocab} and "
+                f"{settings.block_size}"
+            )
+    if saved:
+        model.load_state_dict(saved["model"])
+    model.activation_checkpointing = settings.activation_checkpointing
+    model.to(ranks.device)
+    if not settings.micro_batch_size:
+        settings = replace(settings, micro_batch_size=fitting_micro_batch_size(model, settings, ranks))
+    run = Run(settings, ranks, dataset, model, make_optimizer(model, settings))
+    if saved:
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.step, run.best_val_loss, run.val_loss = saved["step"], saved["best_val_loss"], saved["val_loss"]
+    return run
+
+
+def check_same_run(saved: dict, settings: TrainConfig, dataset: prepare_data.Dataset):
+    """The rules of resume.
+
+    1. The model, the data and their order are the run's own: whatever shapes them must be as it was.
+    2. Weights, AdamW's moments, the step and the best loss come from latest.pt; the order of the data and dropout
+       follow from the seed and the step. So on the same machine the run goes on bit for bit as if it never stopped.
+    3. How fast and how long it goes on is free: max_steps, learning rate, micro_batch_size, ranks, dtype, intervals.
+    """
+    same = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout", "batch_tokens", "seed")
+    differing = [
+        f"{name} (was {saved['settings'][name]}, now {getattr(settings, name)})"
+        for name in same
+        if saved["settings"][name] != getattr(settings, name)
+    ]
+    if saved["dataset"] != dataset.fingerprint():
+        differing.append(f"the files of dataset {settings.dataset} (was {saved['settings']['dataset']})")
+    if differing:
+        raise Failure(
+            f"{settings.out_dir} can't go on with another {', '.join(differing)};\n"
+            f"set them as they were, or start a new run with another --out_dir"
+        )
+
+
+def save_checkpoint(run: Run, name: str):
+    """Write a checkpoint; best.pt goes without the optimizer, it is for sampling."""
+    if run.ranks.rank:
+        return
+    state = {
+        "step": run.step,
+        "val_loss": run.val_loss,
+        "best_val_loss": run.best_val_loss,
+        "settings": asdict(run.settings),
+        "model_config": asdict(run.model.config),
+        "model": run.model.state_dict(),
+        "tokenizer": {"name": run.dataset.encoding.name, "ranks": prepare_data.write_tokenizer(run.dataset.encoding)},
+        "dataset": run.dataset.fingerprint(),
+    }
+    if name == "latest.pt":
+        state["optimizer"] = run.optimizer.state_dict()
+    checkpoint.save(run.folder / name, state)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl; one that a killed run left half-written ends them."""
+    records = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            records.append(json.loads(line))
+    return records
+
+
+@contextlib.contextmanager
+def run_folder(settings: TrainConfig, ranks: Ranks):
+    """Hold the run's folder, which other runs then leave alone. Raises Failure where it is not ours to write in."""
+    if ranks.rank:
+        yield
+        return
+    folder = Path(settings.out_dir)
+    with checkpoint.locked(folder):
+        if settings.init_from != "resume":
+            if (folder / "latest.pt").exists() and not settings.overwrite:
+                raise Failure(
+                    f"{folder} holds a run already; go on with it: --init_from=resume, "
+                    f"keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
+                )
+            for name in ("latest.pt", "best.pt", "metrics.jsonl", "loss.png"):
+                (folder / name).unlink(missing_ok=True)
+        yield
+
+
+def forget_later_metrics(run: Run):
+    """Drop what the run logged after the checkpoint it goes on from; those steps will come again."""
+    if run.ranks.rank == 0:
+        kept = [record for record in read_metrics(run.folder) if record["step"] <= run.step]
+        with checkpoint.atomic_file(run.folder / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+# ---- evaluation
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """The mean loss, in nats per token, on a fixed set of windows, spread evenly over the validation text."""
+    settings, ranks, windows = run.settings, run.ranks, run.dataset.val
+    count = min(len(windows), max(1, settings.eval_tokens // settings.block_size))
+    chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)[ranks.rank :: ranks.world_size]
+    total, scored = 0.0, 0
+    run.model.eval()
+    for start in range(0, len(chosen), settings.micro_batch_size):
+        indices = chosen[start : start + settings.micro_batch_size]
+        rows = np.resize(indices, settings.micro_batch_size)  # a last batch of full size, so that nothing recompiles
+        tokens, targets = to_device(windows[rows], ranks.device)
+        targets[len(indices) :] = -1  # what repeats in it does not count
+        with autocast(settings):
+            loss = run.model(tokens, targets)
+        total += loss.item() * len(indices)
+        scored += len(indices)
+    run.model.train()
+    total, scored = ranks.sum(torch.tensor([total, scored], dtype=torch.float64)).tolist()
+    return total / scored
+
+
+def update_val_loss(run: Run):
+    """Evaluate, log it, and keep the weights where they are the best yet."""
+    run.val_loss = evaluate(run)
+    check_finite(run, run.val_loss)
+    bits_per_byte = run.val_loss / math.log(2) * run.dataset.val_tokens_per_byte()
+    run.record(step=run.step, val_loss=run.val_loss, bits_per_byte=bits_per_byte)
+    run.say(f"step {run.step:>6,} | validation loss {run.val_loss:.4f}, perplexity {math.exp(run.val_loss):.2f}")
+    if run.val_loss < run.best_val_loss:
+        run.best_val_loss = run.val_loss
+        save_checkpoint(run, "best.pt")
+
+
+def check_finite(run: Run, *values: float):
+    """Stop before numbers that are lost reach a checkpoint."""
+    if not all(math.isfinite(value) for value in values):
+        raise Failure(
+            f"step {run.step}: the loss or the gradient's norm is {' or '.join(map(str, values))};\n"
+            f"the checkpoints in {run.folder} are from before. Try a lower --learning_rate or more --warmup_steps",
+            NOT_FINITE,
+        )
+
+
+# ---- the loop
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Yield a list that fills when Ctrl-C or a SIGTERM asks for an end; a second Ctrl-C ends at once."""
+    requests = []
+
+    def remember(number, frame):
+        requests.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Meter:
+    """Measures the speed between two lines of the log. Evaluations and checkpoints don't count for it, but do count
+    for the time left; the first step, which compiles, counts for neither."""
+
+    def __init__(self, run: Run):
+        self.run, self.peak = run, peak_flops(run.settings)
+        self.first_step = self.first_time = self.last_step = self.last_time = None
+
+    def pause(self, seconds: float):
+        if self.last_time:
+            self.last_time += seconds
+
+    def log(self, loss: float, grad_norm: float, learning_rate: float):
+        run, max_steps, now = self.run, self.run.settings.max_steps, time.monotonic()
+        record = {"step": run.step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        parts = [f"step {run.step:>6,} of {max_steps:,} | loss {loss:.4f}"]
+        if self.first_time is None:
+            self.first_step, self.first_time = run.step, now
+        else:
+            speed = (run.step - self.last_step) * run.settings.batch_tokens / (now - self.last_time)
+            record["tokens_per_second"] = speed
+            parts.append(f"{speed:,.0f} tokens/s")
+            if self.peak:
+                record["share_of_peak"] = speed * run.model.flops_per_token() / (self.peak * run.ranks.world_size)
+                parts.append(f"{record['share_of_peak']:.1%} of peak")
+            left = (now - self.first_time) / (run.step - self.first_step) * (max_steps - run.step)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        if memory := memory_gib(run.ranks.device):
+            record["memory_gib"] = memory
+            parts.append(f"{memory:.1f} GiB")
+        self.last_step, self.last_time = run.step, now
+        run.record(**record)
+        run.say(" | ".join(parts))
+
+
+def train(run: Run) -> bool:
+    """Train until max_steps; return False where a request to stop came first. Either way latest.pt is up to date."""
+    settings, ranks, windows = run.settings, run.ranks, run.dataset.train
+    if settings.compile == "on":
+        run.say("compiling: the first step can take a minute")
+        run.model.compile()
+    parallel = DistributedDataParallel(run.model) if ranks.world_size > 1 else run.model
+    micro_steps = settings.batch_tokens // (settings.block_size * settings.micro_batch_size * ranks.world_size)
+    meter, start_step, grad_norm = Meter(run), run.step, None
+    batch = micro_batch(windows, settings, ranks, start_step, 0)
+    with stop_requests() as requests:
+        for step in range(start_step, settings.max_steps + 1):  # the last pass only evaluates and saves
+            stop = ranks.least(not requests) == 0
+            last = stop or step == settings.max_steps
+            if step > start_step:
+                paused = time.monotonic()
+                if step % settings.eval_interval == 0 or step == settings.max_steps:
+                    update_val_loss(run)
+                if step % settings.checkpoint_interval == 0 or last:
+                    check_finite(run, grad_norm.item())
+                    save_checkpoint(run, "latest.pt")
+                meter.pause(time.monotonic() - paused)
+            if last:
+                return not stop
+
+            learning_rate = learning_rate_at(step, settings)
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate
+            if settings.dropout:
+                torch.manual_seed(hashed(settings.seed, step, ranks.rank))
+            step_loss = torch.zeros((), device=ranks.device)
+            for micro_step in range(micro_steps):
+                parallel.require_backward_grad_sync = micro_step == micro_steps - 1  # they add up first
+                with autocast(settings):
+                    loss = parallel(*batch) / micro_steps
+                batch = micro_batch(windows, settings, ranks, step, micro_step + 1)  # while the device is at work
+                loss.backward()
+                step_loss += loss.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.step = step + 1
+            if run.step % settings.log_interval == 0 or step == start_step:  # the only wait for the device
+                loss_now, norm_now = (ranks.sum(step_loss) / ranks.world_size).item(), grad_norm.item()
+                check_finite(run, loss_now, norm_now)
+                meter.log(loss_now, norm_now, learning_rate)
+
+
+def introduce(run: Run):
+    settings, dataset = run.settings, run.dataset
+    micro_steps = settings.batch_tokens // (settings.block_size * settings.micro_batch_size * run.ranks.world_size)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.say(
+        f"model: {parameters / 1e6:.1f}M parameters, {run.model.flops_per_token() / 1e6:,.0f} MFLOP a token\n"
+        f"data: {dataset.train.tokens():,} training tokens of {settings.dataset}; "
+        f"{settings.max_steps:,} steps of {settings.batch_tokens:,} are "
+        f"{settings.max_steps * settings.batch_tokens / dataset.train.tokens():.2f} epochs\n"
+        f"batch: {settings.micro_batch_size} sequences of {settings.block_size} x {micro_steps} micro-steps x "
+        f"{run.ranks.world_size} ranks, on {settings.device} in {settings.dtype}"
+    )
+
+
+def report(run: Run):
+    """Say what the run reached, draw its curve, and let the model speak."""
+    if run.ranks.rank:
+        return
+    bits_per_byte = run.val_loss / math.log(2) * run.dataset.val_tokens_per_byte()
+    print(f"\nvalidation loss {run.val_loss:.4f} nats a token, perplexity {math.exp(run.val_loss):.2f}")
+    if bits_per_byte:
+        compressors = run.dataset.manifest["splits"]["val"]["compressed_bits_per_byte"]
+        others = "".join(f"; {name} needs {bits:.3f} for that text" for name, bits in compressors.items())
+        print(f"bits per byte {bits_per_byte:.3f}{others}")
+    draw_losses(run.folder)
+    command = ["sample.py", f"--checkpoint={run.folder / 'latest.pt'}"]
+    print(f"checkpoint: {run.folder / 'latest.pt'}; to sample from it: python {' '.join(command)}", flush=True)
+    if run.settings.sample_prompt:
+        command[0] = str(Path(__file__).with_name(command[0]))
+        options = [f"--prompt={run.settings.sample_prompt}", "--max_new_tokens=120", "--device=cpu"]
+        subprocess.run([sys.executable, *command, *options], check=False)
+
+
+def draw_losses(folder: Path):
+    """Draw the curves of metrics.jsonl as loss.png, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("for a picture of the loss: pip install matplotlib, then go on with --init_from=resume")
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token", title=folder.name)
+    records = read_metrics(folder)
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        axes.plot(*zip(*points), style, label=label, linewidth=1)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / "loss.png", dpi=120)
+    print(f"the loss by step is drawn in {folder / 'loss.png'}")
+
+
+def main(settings: TrainConfig):
+    with start_ranks(settings.device) as ranks, run_folder(settings, ranks):
+        dataset = open_dataset(settings, ranks)
+        run = start_run(decide(settings, ranks), ranks, dataset)
+        forget_later_metrics(run)
+        introduce(run)
+        if train(run):
+            report(run)
+        else:
+            run.say(f"stopped at step {run.step}; go on with --init_from=resume")
+
+
+if __name__ == "__main__":
+    with config.exit_codes():
+        main(settings)
