@@ -305,6 +305,7 @@ def fits(model: GPT, settings: TrainConfig, sequences: int) -> bool:
     finally:
         model.zero_grad()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def autocast(settings: TrainConfig):
