@@ -14,6 +14,7 @@ import hashlib
 import heapq
 import json
 import lzma
+import math
 import os
 import shutil
 import sys
@@ -184,9 +185,9 @@ class Dataset:
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     def val_tokens_per_byte(self) -> float:
-        """Tokens per byte of validation text; 0 where no manifest says."""
-        split = self.manifest["splits"].get("val")
-        return split["tokens"] / split["bytes"] if split else 0.0
+        """Tokens per byte of validation text; nan where no manifest says."""
+        split = self.manifest["splits"].get("val", {"tokens": math.nan, "bytes": 1})
+        return split["tokens"] / split["bytes"]
 
 
 # ---- tokenizers: byte-pair encodings kept as .tiktoken files, a line an entry: the bytes in base64 and their rank

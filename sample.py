@@ -119,7 +119,7 @@ def generate(model: GPT, tokens: list[int], max_new_tokens: int, pick, end_of_te
 
 
 def newest_checkpoint(settings: SampleConfig) -> Path:
-    """The checkpoint that the settings name: of a folder the newer of its two, of none the newest run's."""
+    """The checkpoint that the settings name: a file, a run's folder, or neither for the newest run."""
     path = Path(settings.checkpoint or settings.out_dir)
     if path.is_file() or path.suffix == ".pt":
         return path

@@ -10,6 +10,7 @@ is set to, which tokens a step sees, the optimizer and its schedule, ranks, eval
 """
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -255,7 +256,18 @@ def decide(settings: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Replace the settings that say auto."""
     compile_ = {"auto": "on" if ranks.device.type == "cuda" else "off"}.get(settings.compile, settings.compile)
     dtype = fastest_dtype(ranks.device) if settings.dtype == "auto" else settings.dtype
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     return replace(settings, device=ranks.device.type, compile=compile_, dtype=dtype)
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next micro-step; asking for the same pages anew costs a small model on a CPU
+    a quarter of its speed. Other C libraries do without."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: blocks up to its largest value come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is never given back
 
 
 def fastest_dtype(device: torch.device) -> str:
@@ -362,6 +374,17 @@ class Run:
     def folder(self) -> Path:
         return Path(self.settings.out_dir)
 
+    @property
+    def micro_steps(self) -> int:
+        """Forward and backward passes of a rank in one optimizer step."""
+        settings = self.settings
+        return settings.batch_tokens // (settings.block_size * settings.micro_batch_size * self.ranks.world_size)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The validation loss for each byte of text, which makes tokenizers comparable; nan where no manifest says."""
+        return self.val_loss / math.log(2) * self.dataset.val_tokens_per_byte()
+
     def say(self, text: str):
         if self.ranks.rank == 0:
             print(text, flush=True)
@@ -386,31 +409,36 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> prepare_data.Dataset:
     return prepare_data.Dataset(folder, settings.block_size, settings.tokenizer)
 
 
-def start_run(settings: TrainConfig, ranks: Ranks, dataset: prepare_data.Dataset) -> Run:
-    """Build the model and its optimizer, new, from a Hugging Face folder, or as they stood in the run's checkpoint."""
-    saved = checkpoint.load(Path(settings.out_dir) / "latest.pt") if settings.init_from == "resume" else None
+def build_model(settings: TrainConfig, dataset: prepare_data.Dataset, saved: dict | None) -> GPT:
+    """The model as a checkpoint has it, as a Hugging Face folder has it, or new."""
+    vocab_size = dataset.encoding.n_vocab
     if saved:
-        check_same_run(saved, settings, dataset)
-    torch.manual_seed(settings.seed)  # the same weights on any device: they are drawn on the CPU
-    if saved or settings.init_from == "scratch":
+        model = GPT(GPTConfig(**saved["model_config"]))
+        model.load_state_dict(saved["model"])
+    elif settings.init_from == "scratch":
         shape = {f.name: getattr(settings, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
-        shape = saved["model_config"] if saved else shape | {"vocab_size": dataset.encoding.n_vocab}
-        model = GPT(GPTConfig(**shape))
+        torch.manual_seed(settings.seed)  # the same weights on any device: they are drawn on the CPU
+        model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
     else:
         try:
             model = load_hf(Path(settings.init_from), dropout=settings.dropout)
         except (OSError, ValueError) as error:
             raise Failure(f"init_from {settings.init_from} is not scratch, resume or a GPT-2 folder: {error}") from None
-        if model.config.vocab_size < dataset.encoding.n_vocab or model.config.block_size < settings.block_size:
+        if model.config.vocab_size != vocab_size or model.config.block_size < settings.block_size:
             raise Failure(
-                f"{settings.init_from} has a vocabulary of {model.config.vocab_size} and contexts of "
-                f"{model.config.block_size}; the dataset and block_size want {dataset.encoding.n_vocab} and "
-                f"{settings.block_size}"
+                f"{settings.init_from} has {model.config.vocab_size} tokens and contexts of {model.config.block_size}; "
+                f"dataset {settings.dataset} has {vocab_size} tokens, and block_size is {settings.block_size}"
             )
-    if saved:
-        model.load_state_dict(saved["model"])
     model.activation_checkpointing = settings.activation_checkpointing
-    model.to(ranks.device)
+    return model
+
+
+def start_run(settings: TrainConfig, ranks: Ranks, dataset: prepare_data.Dataset) -> Run:
+    """The run at its first step, or where its checkpoint left it."""
+    saved = checkpoint.load(Path(settings.out_dir) / "latest.pt") if settings.init_from == "resume" else None
+    if saved:
+        check_same_run(saved, settings, dataset)
+    model = build_model(settings, dataset, saved).to(ranks.device)
     if not settings.micro_batch_size:
         settings = replace(settings, micro_batch_size=fitting_micro_batch_size(model, settings, ranks))
     run = Run(settings, ranks, dataset, model, make_optimizer(model, settings))
@@ -471,28 +499,22 @@ def read_metrics(folder: Path) -> list[dict]:
     return records
 
 
-@contextlib.contextmanager
-def run_folder(settings: TrainConfig, ranks: Ranks):
-    """Hold the run's folder, which other runs then leave alone. Raises Failure where it is not ours to write in."""
-    if ranks.rank:
-        yield
+def refuse_to_overwrite(settings: TrainConfig):
+    if settings.init_from != "resume" and not settings.overwrite and (Path(settings.out_dir) / "latest.pt").exists():
+        raise Failure(
+            f"{settings.out_dir} holds a run already; go on with it: --init_from=resume, "
+            f"keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
+        )
+
+
+def clear_folder(run: Run):
+    """Leave in the run's folder what it goes on from: nothing, or its checkpoint and the log up to there."""
+    if run.ranks.rank:
         return
-    folder = Path(settings.out_dir)
-    with checkpoint.locked(folder):
-        if settings.init_from != "resume":
-            if (folder / "latest.pt").exists() and not settings.overwrite:
-                raise Failure(
-                    f"{folder} holds a run already; go on with it: --init_from=resume, "
-                    f"keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
-                )
-            for name in ("latest.pt", "best.pt", "metrics.jsonl", "loss.png"):
-                (folder / name).unlink(missing_ok=True)
-        yield
-
-
-def forget_later_metrics(run: Run):
-    """Drop what the run logged after the checkpoint it goes on from; those steps will come again."""
-    if run.ranks.rank == 0:
+    if run.settings.init_from != "resume":
+        for name in ("latest.pt", "best.pt", "metrics.jsonl", "loss.png"):
+            (run.folder / name).unlink(missing_ok=True)
+    else:
         kept = [record for record in read_metrics(run.folder) if record["step"] <= run.step]
         with checkpoint.atomic_file(run.folder / "metrics.jsonl") as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -527,8 +549,8 @@ def update_val_loss(run: Run):
     """Evaluate, log it, and keep the weights where they are the best yet."""
     run.val_loss = evaluate(run)
     check_finite(run, run.val_loss)
-    bits_per_byte = run.val_loss / math.log(2) * run.dataset.val_tokens_per_byte()
-    run.record(step=run.step, val_loss=run.val_loss, bits_per_byte=bits_per_byte)
+    bits = {"bits_per_byte": run.bits_per_byte} if math.isfinite(run.bits_per_byte) else {}
+    run.record(step=run.step, val_loss=run.val_loss, **bits)
     run.say(f"step {run.step:>6,} | validation loss {run.val_loss:.4f}, perplexity {math.exp(run.val_loss):.2f}")
     if run.val_loss < run.best_val_loss:
         run.best_val_loss = run.val_loss
@@ -607,7 +629,6 @@ def train(run: Run) -> bool:
         run.say("compiling: the first step can take a minute")
         run.model.compile()
     parallel = DistributedDataParallel(run.model) if ranks.world_size > 1 else run.model
-    micro_steps = settings.batch_tokens // (settings.block_size * settings.micro_batch_size * ranks.world_size)
     meter, start_step, grad_norm = Meter(run), run.step, None
     batch = micro_batch(windows, settings, ranks, start_step, 0)
     with stop_requests() as requests:
@@ -631,10 +652,10 @@ def train(run: Run) -> bool:
             if settings.dropout:
                 torch.manual_seed(hashed(settings.seed, step, ranks.rank))
             step_loss = torch.zeros((), device=ranks.device)
-            for micro_step in range(micro_steps):
-                parallel.require_backward_grad_sync = micro_step == micro_steps - 1  # they add up first
+            for micro_step in range(run.micro_steps):
+                parallel.require_backward_grad_sync = micro_step == run.micro_steps - 1  # they add up first
                 with autocast(settings):
-                    loss = parallel(*batch) / micro_steps
+                    loss = parallel(*batch) / run.micro_steps
                 batch = micro_batch(windows, settings, ranks, step, micro_step + 1)  # while the device is at work
                 loss.backward()
                 step_loss += loss.detach()
@@ -650,14 +671,13 @@ def train(run: Run) -> bool:
 
 def introduce(run: Run):
     settings, dataset = run.settings, run.dataset
-    micro_steps = settings.batch_tokens // (settings.block_size * settings.micro_batch_size * run.ranks.world_size)
     parameters = sum(p.numel() for p in run.model.parameters())
     run.say(
         f"model: {parameters / 1e6:.1f}M parameters, {run.model.flops_per_token() / 1e6:,.0f} MFLOP a token\n"
         f"data: {dataset.train.tokens():,} training tokens of {settings.dataset}; "
         f"{settings.max_steps:,} steps of {settings.batch_tokens:,} are "
         f"{settings.max_steps * settings.batch_tokens / dataset.train.tokens():.2f} epochs\n"
-        f"batch: {settings.micro_batch_size} sequences of {settings.block_size} x {micro_steps} micro-steps x "
+        f"batch: {settings.micro_batch_size} sequences of {settings.block_size} x {run.micro_steps} micro-steps x "
         f"{run.ranks.world_size} ranks, on {settings.device} in {settings.dtype}"
     )
 
@@ -666,19 +686,20 @@ def report(run: Run):
     """Say what the run reached, draw its curve, and let the model speak."""
     if run.ranks.rank:
         return
-    bits_per_byte = run.val_loss / math.log(2) * run.dataset.val_tokens_per_byte()
     print(f"\nvalidation loss {run.val_loss:.4f} nats a token, perplexity {math.exp(run.val_loss):.2f}")
-    if bits_per_byte:
+    if math.isfinite(run.bits_per_byte):
         compressors = run.dataset.manifest["splits"]["val"]["compressed_bits_per_byte"]
-        others = "".join(f"; {name} needs {bits:.3f} for that text" for name, bits in compressors.items())
-        print(f"bits per byte {bits_per_byte:.3f}{others}")
+        others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
+        print(f"{run.bits_per_byte:.3f} bits per byte of validation text{others}")
     draw_losses(run.folder)
-    command = ["sample.py", f"--checkpoint={run.folder / 'latest.pt'}"]
-    print(f"checkpoint: {run.folder / 'latest.pt'}; to sample from it: python {' '.join(command)}", flush=True)
+    path = run.folder / "latest.pt"
+    print(f"checkpoint: {path}\nto sample from it: python sample.py --checkpoint={path}", flush=True)
     if run.settings.sample_prompt:
-        command[0] = str(Path(__file__).with_name(command[0]))
-        options = [f"--prompt={run.settings.sample_prompt}", "--max_new_tokens=120", "--device=cpu"]
-        subprocess.run([sys.executable, *command, *options], check=False)
+        if run.settings.device == "cuda":
+            torch.cuda.empty_cache()  # the other process needs some
+        script = str(Path(__file__).with_name("sample.py"))
+        options = [f"--prompt={run.settings.sample_prompt}", "--max_new_tokens=120", f"--device={run.settings.device}"]
+        subprocess.run([sys.executable, script, f"--checkpoint={path}", *options], check=False)
 
 
 def draw_losses(folder: Path):
@@ -701,15 +722,18 @@ def draw_losses(folder: Path):
 
 
 def main(settings: TrainConfig):
-    with start_ranks(settings.device) as ranks, run_folder(settings, ranks):
+    refuse_to_overwrite(settings)
+    with start_ranks(settings.device) as ranks:
         dataset = open_dataset(settings, ranks)
-        run = start_run(decide(settings, ranks), ranks, dataset)
-        forget_later_metrics(run)
-        introduce(run)
-        if train(run):
-            report(run)
-        else:
-            run.say(f"stopped at step {run.step}; go on with --init_from=resume")
+        with checkpoint.locked(Path(settings.out_dir)) if ranks.rank == 0 else contextlib.nullcontext():
+            run = start_run(decide(settings, ranks), ranks, dataset)
+            clear_folder(run)
+            introduce(run)
+            finished = train(run)
+            if finished:
+                report(run)
+            else:
+                run.say(f"stopped at step {run.step}; go on with --init_from=resume")
 
 
 if __name__ == "__main__":

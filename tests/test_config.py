@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, run
 
 import config
-from conftest import ROOT, run
 from train import TrainConfig
 
 RECIPES = sorted((ROOT / "config").glob("[!_]*.py"))

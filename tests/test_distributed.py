@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from conftest import metrics, tiny_run
 
 import checkpoint
-from conftest import metrics, tiny_run
 
 
 def losses(out_dir):

@@ -149,7 +149,9 @@ def test_a_folder_that_is_no_gpt2_is_refused(tmp_path):
     with pytest.raises(ValueError, match="activation_function is 'relu'"):
         load_hf(tmp_path)
     save_hf(make_model(), tmp_path)
-    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"n_embd": 32', '"n_embd": 64'))
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace('"n_embd": 32', '"n_embd": 64')
+    )
     with pytest.raises(ValueError, match="wte.weight has shape"):
         load_hf(tmp_path)
 

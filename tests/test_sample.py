@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import run, tiny_run
 
 import sample
-from conftest import run, tiny_run
 from model import GPT, GPTConfig
 from sample import KVCache, choose, generate
 

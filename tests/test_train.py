@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, metrics, run, tiny_arguments, tiny_run
 
 import checkpoint
 import train
 from config import IN_USE, NO_CHECKPOINT, NOT_FINITE
-from conftest import ROOT, metrics, run, tiny_arguments, tiny_run
 from model import GPT, GPTConfig, save_hf
 from train import TrainConfig
 
@@ -132,7 +132,9 @@ def test_a_step_is_the_one_of_the_plain_optimizer(data_dir, tmp_path):
     for name, parameter in model.named_parameters():
         gradient = parameter.grad * min(1, 0.5 / norm)
         decayed = parameter.detach() * (1 - 1e-2 * (0.1 if parameter.dim() == 2 else 0))
-        wanted = decayed - 1e-2 * gradient / (gradient.abs() + 1e-8)  # at the first step both moments are the gradient's
+        wanted = decayed - 1e-2 * gradient / (
+            gradient.abs() + 1e-8
+        )  # at the first step both moments are the gradient's
         close = (state["model"][name] - wanted).abs() < 1e-5
         assert close[gradient.abs() > 1e-6].all(), name
 
@@ -151,11 +153,25 @@ def test_a_run_learns_and_leaves_what_it_promises(finished):
     best = checkpoint.load(out_dir / "best.pt")
     assert best["val_loss"] == min(loss for _, loss, _ in evals) and "optimizer" not in best
     val_loss, bits = evals[-1][1:]
-    for text in (f"validation loss {val_loss:.4f}", f"perplexity {math.exp(val_loss):.2f}", f"{bits:.3f}", "lzma -9 needs"):
+    for text in (
+        f"validation loss {val_loss:.4f}",
+        f"perplexity {math.exp(val_loss):.2f}",
+        f"{bits:.3f}",
+        "lzma -9 needs",
+    ):
         assert text in printed
     assert f"python sample.py --checkpoint={out_dir / 'latest.pt'}" in printed
     assert "Chapter" in printed.split("python sample.py")[1]
-    assert ("loss.png" in printed) and ((out_dir / "loss.png").exists() or "pip install matplotlib" in printed)
+
+
+def test_the_curve_is_drawn_where_matplotlib_is_installed(finished, monkeypatch, capsys):
+    out_dir, printed = finished
+    pytest.importorskip("matplotlib")
+    assert f"drawn in {out_dir / 'loss.png'}" in printed
+    assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    train.draw_losses(out_dir)
+    assert "pip install matplotlib" in capsys.readouterr().out
 
 
 def test_bits_per_byte_counts_every_byte_of_the_text(finished, data_dir):
@@ -240,15 +256,17 @@ def test_the_micro_batch_changes_only_rounding(finished, data_dir, tmp_path):
 def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path):
     pytest.importorskip("safetensors")
     torch.manual_seed(5)
-    model = GPT(GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=1, n_embd=8))
+    model = GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=1, n_embd=8))
     save_hf(model, tmp_path / "hf")
     start = [f"--init_from={tmp_path / 'hf'}", "--max_steps=1", "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
     result = tiny_run(data_dir, tmp_path / "run", *start)
     assert result.returncode == 0, result.stderr
     trained, wanted = weights(tmp_path / "run"), model.state_dict()
-    assert all(torch.equal(trained[name][:300], wanted[name][:300]) for name in wanted)  # the rest is padding
-    result = tiny_run(data_dir, tmp_path / "run", *start[:1], "--init_from=resume", "--max_steps=2")
+    assert all(torch.equal(trained[name][:257], wanted[name][:257]) for name in wanted)  # the rest is padding
+    result = tiny_run(data_dir, tmp_path / "run", "--init_from=resume", "--max_steps=2")
     assert result.returncode == 0, result.stderr
+    result = tiny_run(data_dir, tmp_path / "long", *start, "--block_size=128")
+    assert result.returncode == 2 and "contexts of 64" in result.stderr and "block_size is 128" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -291,6 +309,7 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
     with checkpoint.locked(out_dir):
         result = tiny_run(data_dir, out_dir, "--init_from=resume")
         assert result.returncode == IN_USE and "in use by another run" in result.stderr
+    assert tiny_run(data_dir, out_dir, "--overwrite=True", "--dataset=nothing").returncode == 2
     assert same(weights(out_dir), before)
     assert tiny_run(data_dir, out_dir, "--overwrite=True", "--seed=3").returncode == 0
     assert not same(weights(out_dir), before)
@@ -321,7 +340,9 @@ def test_a_gpu_trains_as_the_cpu_does(data_dir, tmp_path):
     ):
         result = tiny_run(data_dir, tmp_path / name, "--device=auto", *options)
         assert result.returncode == 0, result.stderr
-        assert ("compiling" in result.stdout) == (name != "plain") and ("in bfloat16" in result.stdout) == (name == "auto")
+        assert ("compiling" in result.stdout) == (name != "plain") and ("in bfloat16" in result.stdout) == (
+            name == "auto"
+        )
         assert np.allclose(metrics(tmp_path / "cpu", "loss"), metrics(tmp_path / name, "loss"), atol=tolerance)
         assert same_names(tmp_path / "cpu", tmp_path / name)
     result = tiny_run(data_dir, tmp_path / "found", "--device=cuda", "--micro_batch_size=0")
