@@ -15,7 +15,10 @@ from config import IN_USE, NO_CHECKPOINT, Failure
 def save(path: Path, state: dict):
     """Write `state`, nested dicts and lists of tensors and plain types, with its own checksum."""
     with atomic_file(path) as file:
-        torch.save(state | {"checksum": checksum(state)}, file)
+        try:
+            torch.save(state | {"checksum": checksum(state)}, file)
+        except RuntimeError as error:  # torch's own writer hides the system's reason, a full disk as a rule
+            raise OSError(f"{path} could not be written; is the disk full? ({str(error).splitlines()[0]})") from None
 
 
 def load(path: Path) -> dict:
@@ -87,6 +90,6 @@ def locked(folder: Path) -> Iterator:
                 import msvcrt
 
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise Failure(f"{folder} is in use by another run; choose another --out_dir", IN_USE) from None
         yield

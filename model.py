@@ -125,7 +125,7 @@ class GPT(nn.Module):
         """Score each next token.
 
         tokens: (B, T) integers. targets: (B, T) integers, the tokens that follow, -1 where nothing is asked; then the
-        result is their mean cross-entropy in nats and nothing else, so that a compiler need never hold all logits.
+        result is their mean cross-entropy in nats and nothing else: the logits are then the compiler's to keep or not.
         Without targets it is the logits (B, T, V) in fp32. cache: what sample.py's KVCache does. `advance(T)` gives
         the positions (T) of the new tokens, `append(layer, k, v)` the keys and values (B, H, S, D) to attend to,
         `mask` (T, S) says which; the logits are then the last token's alone, (B, 1, V).
@@ -180,13 +180,15 @@ def load_hf(folder: Path, dropout: float = 0.0) -> GPT:
     for name, value in ARCHITECTURE.items():
         if facts.get(name, value) != value:
             raise ValueError(f"{name} is {facts[name]!r}, and only GPT-2's {value!r} is known here")
-    names = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer"}
-    names |= {"n_head": "n_head", "n_embd": "n_embd"}
+    facts["block_size"] = facts.get("n_positions")
+    shape = {name: facts.get(name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+    if not all(isinstance(value, int) and value > 0 for value in shape.values()):
+        raise ValueError(f"config.json gives no whole shape: {shape}")
+    model = GPT(GPTConfig(**shape, dropout=dropout))
     try:
-        state = safetensors.load_file(folder / "model.safetensors")
-        model = GPT(GPTConfig(**{ours: facts[theirs] for ours, theirs in names.items()}, dropout=dropout))
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"model.safetensors is damaged: {error}") from None
     state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     for name, parameter in model.named_parameters():
         tensor = state.get(name, torch.empty(0))
@@ -215,7 +217,7 @@ def save_hf(model: GPT, folder: Path):
     (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     partial = folder / f".model.safetensors.{os.getpid()}"
     state = {f"transformer.{name}": tensor for name, tensor in state.items()}
-    safetensors.save_file(state, partial, metadata={"format": "pt"})
+    safetensors.torch.save_file(state, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
 
 
@@ -224,4 +226,4 @@ def import_safetensors():
         import safetensors.torch
     except ImportError:
         raise ValueError("Hugging Face folders need the package safetensors: pip install safetensors") from None
-    return safetensors.torch
+    return safetensors

@@ -22,6 +22,7 @@ import sysconfig
 import tempfile
 import time
 import tokenize
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +50,11 @@ class PrepareConfig:
     shard_tokens: int = 100_000_000  # tokens a shard file holds at most
     data_dir: str = "data"  # the folder that datasets stand in
 
+    def __post_init__(self):
+        self.tokenizer = self.tokenizer or NAMED.get(self.name, "gpt2")
+
     def check(self):
+        """Raise ValueError where a value makes no sense."""
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name {self.name!r}: give the dataset a plain name, as in: python prepare_data.py stdlib")
         if not self.source and self.name not in NAMED:
@@ -58,10 +63,9 @@ class PrepareConfig:
             raise ValueError(f"{self.name} names a dataset of its own; choose another name for --source={self.source}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction {self.val_fraction} must lie between 0 and 1")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens {self.shard_tokens} must be at least 1")
-        self.tokenizer = self.tokenizer or NAMED.get(self.name, "gpt2")
-        parse_tokenizer_name(self.tokenizer)
+        if not 1 <= self.shard_tokens < 2**31:
+            raise ValueError(f"shard_tokens {self.shard_tokens} must be from 1 to 2147483647, what a header can say")
+        bpe_size(self.tokenizer)
 
 
 # ---- shards: 256 int32 of header, then tokens; the layout of llm.c, modded-nanogpt and the public FineWeb shards
@@ -151,6 +155,17 @@ class Windows:
         return windows
 
 
+def shard_paths(folder: Path, manifest: dict, split: str) -> list[Path]:
+    """The shards of one split: those of the manifest, as it describes them, or by their names where there is none."""
+    if not manifest["splits"]:
+        return sorted(folder.glob(f"*_{split}_[0-9]*.bin"))
+    paths = [folder / shard["file"] for shard in manifest["splits"][split]["shards"]]
+    for path, shard in zip(paths, manifest["splits"][split]["shards"]):
+        if not path.exists() or len(open_shard(path)) != shard["tokens"]:
+            raise Failure(f"{path} is missing or not the shard of {shard['tokens']} tokens that manifest.json names")
+    return paths
+
+
 class Dataset:
     """A folder of shards, opened: `train` and `val` are Windows, `encoding` the tokenizer, `manifest` its facts.
 
@@ -171,7 +186,7 @@ class Dataset:
                 raise Failure(f"{folder / 'tokenizer.tiktoken'} differs from its manifest; prepare it anew")
             self.encoding = read_tokenizer(text, self.manifest["tokenizer"]["name"])
         self.train, self.val = (
-            Windows(sorted(folder.glob(f"*_{split}_*.bin")), block_size, self.encoding.n_vocab)
+            Windows(shard_paths(folder, self.manifest, split), block_size, self.encoding.n_vocab)
             for split in ("train", "val")
         )
         for split, windows in (("training", self.train), ("validation", self.val)):
@@ -201,7 +216,7 @@ GPT2_RANKS = (
 )
 
 
-def parse_tokenizer_name(name: str) -> int:
+def bpe_size(name: str) -> int:
     """Return N for bpe:N, 0 for another tokenizer. Raises ValueError for a name that means nothing."""
     if name.startswith("bpe:") and name[4:].isascii() and name[4:].isdigit():
         if not 257 <= int(name[4:]) <= 1_000_000:
@@ -273,8 +288,6 @@ def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
             if 0 < pair_counts[pair] < -count:
                 heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
-        if not count:
-            continue
         token = tokens[pair[0]] + tokens[pair[1]]
         if token not in rank_of:  # "ab" + "c" may already stand there as "a" + "bc"
             rank_of[token] = len(tokens)
@@ -337,6 +350,7 @@ def fetch(path: Path, url: str, sha256: str, most_bytes: int, deadline_seconds: 
             progress.close()
         if digest.hexdigest() != sha256:
             raise Failure(f"{url} has SHA-256 {digest.hexdigest()}, not {sha256}: not the file we know", INPUT_OUTPUT)
+        os.chmod(partial, 0o644)  # mkstemp keeps its file from everyone else
         os.replace(partial, path)
     except requests.RequestException as error:
         reason = f"could not download {url} ({type(error).__name__})"
@@ -384,7 +398,9 @@ def source_documents(source: Path, text_field: str) -> Iterator[str]:
     """A document a file, and in .jsonl a document a line. Raises Failure where text cannot be had."""
     if not source.exists():
         raise Failure(f"--source={source}: there is no such file or folder")
-    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if kind_of(p) in SUFFIXES)
+    files = (
+        [source] if source.is_file() else sorted(p for p in source.rglob("*") if kind_of(p) in SUFFIXES and p.is_file())
+    )
     if not files:
         raise Failure(f"--source={source} holds none of {', '.join(SUFFIXES)} (also .gz, .xz)")
     for path in files:
@@ -394,10 +410,11 @@ def source_documents(source: Path, text_field: str) -> Iterator[str]:
                     yield file.read()
                     continue
                 for number, line in enumerate(file, 1):
-                    yield read_json_line(line, text_field, f"{path}:{number}")
+                    if line.strip():
+                        yield read_json_line(line, text_field, f"{path}:{number}")
         except UnicodeDecodeError as error:
             raise Failure(f"{path} is not UTF-8 text: {error.reason} near byte {error.start} of a read") from None
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
             raise Failure(f"{path} is cut or damaged: {error}") from None
 
 
@@ -468,7 +485,7 @@ class Survey:
 
 
 def survey_documents(settings: PrepareConfig) -> Survey:
-    split_pattern, wants_pieces = regex.compile(GPT2_PATTERN), parse_tokenizer_name(settings.tokenizer) > 0
+    split_pattern, wants_pieces = regex.compile(GPT2_PATTERN), bpe_size(settings.tokenizer) > 0
     for cut in (False, True):
         survey = Survey(cut, 0, {"train": 0, "val": 0}, {"train": 0, "val": 0}, Counter())
         progress = Progress("bytes read", 0)
@@ -496,6 +513,7 @@ def write_shards(settings: PrepareConfig, survey: Survey, encoding: tiktoken.Enc
         for split in ("train", "val")
     }
     progress, done, val_text = Progress("bytes tokenised", sum(survey.text_bytes.values())), 0, []
+    keep_val_text = survey.text_bytes["val"] <= 16_000_000  # more takes lzma too long
     parts = (
         part
         for document in read_documents(settings)
@@ -507,7 +525,7 @@ def write_shards(settings: PrepareConfig, survey: Survey, encoding: tiktoken.Enc
         for (split, text), document_tokens in zip(batch, tokens):
             writers[split].add([encoding.eot_token] + document_tokens)
             done += len(text.encode())
-            if split == "val":
+            if split == "val" and keep_val_text:
                 val_text.append(text)
         progress.update(done)
     progress.close()
@@ -517,14 +535,12 @@ def write_shards(settings: PrepareConfig, survey: Survey, encoding: tiktoken.Enc
         tokens = sum(shard["tokens"] for shard in shards)
         sizes = {"documents": survey.documents[split], "bytes": survey.text_bytes[split], "tokens": tokens}
         splits[split] = sizes | {"shards": shards}
-    splits["val"]["compressed_bits_per_byte"] = compress("".join(val_text).encode())
+    splits["val"]["compressed_bits_per_byte"] = compress("".join(val_text).encode()) if keep_val_text else {}
     return splits
 
 
 def compress(text: bytes) -> dict[str, float]:
-    """Bits per byte that two compressors need for `text`, for a model to be measured against; {} where it is long."""
-    if len(text) > 16_000_000:
-        return {}
+    """Bits per byte that two compressors need for `text`, for a model to be measured against."""
     compressed = {"lzma -9": lzma.compress(text, preset=9), "gzip -9": gzip.compress(text, 9)}
     return {name: 8 * len(data) / len(text) for name, data in compressed.items()}
 
@@ -537,13 +553,13 @@ def prepare(settings: PrepareConfig) -> Path:
         if (folder / "manifest.json").exists():
             found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["made_from"]
             if found == made_from:
-                print(f"{folder} is there already")
+                print(f"{folder} is there already; delete it to read the text anew")
                 return folder
             raise Failure(f"{folder} was made from {found}, not {made_from}; delete it or choose another name")
         raise Failure(f"{folder} holds something else already; choose another name")
     print(f"preparing {folder}: reading {settings.source or settings.name}", flush=True)
     survey = survey_documents(settings)
-    if entries := parse_tokenizer_name(settings.tokenizer):
+    if entries := bpe_size(settings.tokenizer):
         counts = Counter({piece.encode(): count for piece, count in survey.pieces.items()})
         print(f"training a tokenizer of {entries:,} entries on {len(counts):,} different pieces of text", flush=True)
         encoding = make_tokenizer(train_bpe(counts, entries), settings.tokenizer)
@@ -554,7 +570,7 @@ def prepare(settings: PrepareConfig) -> Path:
     try:
         tokenizer_text = write_tokenizer(encoding)
         (partial / "tokenizer.tiktoken").write_text(tokenizer_text, encoding="ascii", newline="")
-        kept = sum(survey.documents.values()) // (2 if survey.cut else 1)
+        kept = sum(survey.documents.values()) // (2 if survey.cut else 1)  # a cut one counts in both splits
         manifest = {
             "name": settings.name,
             "made_from": made_from,

@@ -36,8 +36,8 @@ class SampleConfig:
     def check(self):
         """Raise ValueError where a value makes no sense."""
         for name, low in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)} and must be at least {low}")
+            if not low <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(self, name)} and must be at least {low} (and below 2^63)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p} and must be above 0 and at most 1")
         if self.device not in ("auto", "cpu", "cuda", "mps"):
@@ -58,7 +58,8 @@ from model import GPT, GPTConfig
 class KVCache:
     """The keys and values of the tokens so far, so that each new token is computed alone.
 
-    Its shape is fixed: `length` places, of which a mask hides those still empty.
+    Its shape is fixed, `length` places of which a mask hides those still empty: a GPU's attention would plan anew for
+    each new length. `advance` comes before each forward, `append` once in each layer.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int, device: torch.device):
@@ -135,7 +136,7 @@ def load_model(path: Path, device: torch.device):
     state = checkpoint.load(path)
     model = GPT(GPTConfig(**state["model_config"]))
     model.load_state_dict(state["model"])
-    tokenizer = prepare_data.read_tokenizer(state["tokenizer"]["ranks"], state["tokenizer"]["name"])
+    tokenizer = prepare_data.read_tokenizer(state["tokenizer"]["text"], state["tokenizer"]["name"])
     return model.to(device).eval(), tokenizer, state
 
 
@@ -166,5 +167,6 @@ def main(settings: SampleConfig):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # a model may say what a Windows console's own encoding lacks
     with config.exit_codes():
         main(settings)

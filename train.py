@@ -5,12 +5,14 @@
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
     python train.py config/small.py --init_from=resume                 go on where a run stopped
 
-Read from the bottom up: `main` tells the story of a run, `train` is the loop. Above them, in this order: what a run
-is set to, which tokens a step sees, the optimizer and its schedule, ranks, evaluation, the log, and checkpoints.
+Read `main`, at the bottom, for the story of a run, then `train`, the loop, and from there what they call. From the
+top the parts are: the settings, which tokens a step sees, the optimizer and its schedule, ranks, what the device
+decides, the run and its checkpoints, evaluation, the loop and its log, and the report at the end.
 """
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -31,7 +33,7 @@ class TrainConfig:
     """Train a GPT on a dataset of data/ and keep it in a folder of out/. The defaults are GPT-2 124M's."""
 
     out_dir: str = "out/run"  # the run's folder: checkpoints, metrics.jsonl, loss.png
-    init_from: str = "scratch"  # scratch, resume (out_dir's run goes on), or a folder in Hugging Face's GPT-2 layout
+    init_from: str = "scratch"  # scratch, resume, or a GPT-2 folder in Hugging Face's layout, which brings its shape
     overwrite: bool = False  # start anew although out_dir holds a run, and lose that
     seed: int = 1337  # of the first weights, the order of the data, and dropout
     dataset: str = "stdlib"  # a folder in data_dir; stdlib and shakespeare are prepared when missing
@@ -61,7 +63,7 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where the device is fast in it
     compile: str = "auto"  # on, off, or auto: on for cuda
-    activation_checkpointing: bool = False  # memory for about a third more compute
+    activation_checkpointing: bool = False  # saves memory, costs about a third more compute
 
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
@@ -71,8 +73,8 @@ class TrainConfig:
             ("seed micro_batch_size warmup_steps weight_decay grad_clip dropout learning_rate min_lr beta1 beta2", 0),
         ):
             for name in names.split():
-                if getattr(self, name) < low:
-                    raise ValueError(f"{name} is {getattr(self, name)} and must be at least {low}")
+                if not low <= getattr(self, name) < 2**63:
+                    raise ValueError(f"{name} is {getattr(self, name)} and must be at least {low} (and below 2^63)")
         for name in ("dropout", "beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)} and must be below 1")
@@ -115,7 +117,7 @@ from model import GPT, GPTConfig, load_hf
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit integers: the finaliser of SplitMix64, Steele et al. 2014."""
+    """Scramble an array of 64-bit integers, modulo 2^64: the finaliser of SplitMix64, Steele et al. 2014."""
     x = np.asarray(x, dtype=np.uint64).reshape(-1) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -133,8 +135,10 @@ def hashed(*numbers: int) -> int:
 def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     """Where a shuffle of 0..count-1 puts `positions`, without ever holding the shuffle.
 
-    A Feistel network (Luby & Rackoff 1988) permutes the next power of four; what lands outside is sent through again
-    until it lands inside (cycle-walking, Black & Rogaway 2002).
+    A Feistel network (Luby & Rackoff 1988): of a number with an even count of bits, each round scrambles one half by
+    the other. A round can be undone, so no two numbers meet and the whole is a permutation, however crude the
+    scrambling; four rounds make it look random, and two are for good measure. What lands at or above count is sent
+    through again until it lands below (cycle-walking, Black & Rogaway 2002).
     """
     half = np.uint64(max(1, math.ceil((count - 1).bit_length() / 2)))
     mask = np.uint64((1 << int(half)) - 1)
@@ -223,10 +227,25 @@ class Ranks:
     def least(self, value: int) -> int:
         """The smallest `value` that a rank has, agreed on between the processors without waiting for a GPU."""
         if self.world_size > 1:
-            agreed = torch.tensor(value)
+            agreed = torch.tensor(int(value))
             dist.all_reduce(agreed, dist.ReduceOp.MIN)
             return int(agreed)
-        return value
+        return int(value)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank has `flag` set."""
+        return self.least(not flag) == 0
+
+    def first_alone(self, task):
+        """Have rank 0 do `task` while the others wait. Where it fails, all of them end, and rank 0 says why."""
+        failure = None
+        if self.rank == 0:
+            try:
+                task()
+            except (Failure, OSError) as error:
+                failure = error
+        if self.any(failure is not None):
+            raise failure or SystemExit(1)
 
 
 @contextlib.contextmanager
@@ -235,8 +254,11 @@ def start_ranks(device_name: str):
     rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = config.find_device(device_name)
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise Failure(f"rank {rank} wants GPU {local_rank}, but this machine has {torch.cuda.device_count()}")
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if wanted > there:
+            raise Failure(
+                f"{wanted} processes on this machine want a GPU each, and it has {there}: lower --nproc_per_node"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size <= 1:
@@ -252,13 +274,23 @@ def start_ranks(device_name: str):
 # ---- what the device decides
 
 
-def decide(settings: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """Replace the settings that say auto."""
-    compile_ = {"auto": "on" if ranks.device.type == "cuda" else "off"}.get(settings.compile, settings.compile)
-    dtype = fastest_dtype(ranks.device) if settings.dtype == "auto" else settings.dtype
-    if ranks.device.type == "cpu":
+def resolve_auto(settings: TrainConfig, ranks: Ranks, saved: dict | None) -> TrainConfig:
+    """Replace the settings that say auto, with what they were where the run goes on from a checkpoint."""
+    device = ranks.device.type
+    if device == "cpu":
         keep_freed_memory()
-    return replace(settings, device=ranks.device.type, compile=compile_, dtype=dtype)
+    before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
+    dtype, compiled = settings.dtype, settings.compile
+    if dtype == "auto":
+        dtype = before.get("dtype") or ("float32" if ranks.any(not fast_in_bfloat16(ranks.device)) else "bfloat16")
+    if compiled == "auto":
+        compiled = before.get("compile") or ("on" if device == "cuda" and can_compile() else "off")
+    return replace(settings, device=device, dtype=dtype, compile=compiled)
+
+
+def can_compile() -> bool:
+    """Whether torch.compile has what it needs on an NVIDIA GPU."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def keep_freed_memory():
@@ -270,20 +302,17 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is never given back
 
 
-def fastest_dtype(device: torch.device) -> str:
-    """bfloat16 where the device has units for it; on a CPU where it multiplies at twice the rate of float32, timed."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "mps":
-        return "float32"
-    seconds = {}
-    for name in ("float32", "bfloat16"):
-        x = torch.ones(512, 512, dtype=getattr(torch, name))
-        x @ x  # warms up
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16; a CPU, whether it multiplies in it at twice the rate, timed."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for dtype in [torch.float32, torch.bfloat16] * 3:
+        x = torch.ones(512, 512, dtype=dtype)
         started = time.perf_counter()
         x @ x
-        seconds[name] = time.perf_counter() - started
-    return "bfloat16" if seconds["bfloat16"] < seconds["float32"] / 2 else "float32"
+        best[dtype] = min(best[dtype], time.perf_counter() - started)
+    return best[torch.bfloat16] < best[torch.float32] / 2
 
 
 def fitting_micro_batch_size(model: GPT, settings: TrainConfig, ranks: Ranks) -> int:
@@ -399,13 +428,15 @@ class Run:
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> prepare_data.Dataset:
     """Open the dataset, prepared first where it is a missing one that we know how to make."""
     folder = Path(settings.data_dir) / settings.dataset
-    if ranks.rank == 0 and not folder.exists():
+
+    def prepare_if_missing():
+        if folder.exists():
+            return
         if settings.dataset not in prepare_data.NAMED:
             raise Failure(f"{folder} does not exist; make it: python prepare_data.py {settings.dataset} --source=PATH")
-        prepare_settings = prepare_data.PrepareConfig(name=settings.dataset, data_dir=settings.data_dir)
-        prepare_settings.check()
-        prepare_data.prepare(prepare_settings)
-    ranks.least(0)  # the others wait here
+        prepare_data.prepare(prepare_data.PrepareConfig(name=settings.dataset, data_dir=settings.data_dir))
+
+    ranks.first_alone(prepare_if_missing)
     return prepare_data.Dataset(folder, settings.block_size, settings.tokenizer)
 
 
@@ -438,9 +469,14 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: prepare_data.Dataset
     saved = checkpoint.load(Path(settings.out_dir) / "latest.pt") if settings.init_from == "resume" else None
     if saved:
         check_same_run(saved, settings, dataset)
+    settings = resolve_auto(settings, ranks, saved)
     model = build_model(settings, dataset, saved).to(ranks.device)
     if not settings.micro_batch_size:
-        settings = replace(settings, micro_batch_size=fitting_micro_batch_size(model, settings, ranks))
+        same_share = saved and saved["world_size"] == ranks.world_size
+        found = (
+            saved["settings"]["micro_batch_size"] if same_share else fitting_micro_batch_size(model, settings, ranks)
+        )
+        settings = replace(settings, micro_batch_size=found)
     run = Run(settings, ranks, dataset, model, make_optimizer(model, settings))
     if saved:
         run.optimizer.load_state_dict(saved["optimizer"])
@@ -455,8 +491,9 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: prepare_data.Dat
     2. Weights, AdamW's moments, the step and the best loss come from latest.pt; the order of the data and dropout
        follow from the seed and the step. So on the same machine the run goes on bit for bit as if it never stopped.
     3. How fast and how long it goes on is free: max_steps, learning rate, micro_batch_size, ranks, dtype, intervals.
+       Whatever of these is auto, or 0, stays what it was found to be.
     """
-    same = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout", "batch_tokens", "seed")
+    same = "n_layer n_head n_embd block_size bias dropout batch_tokens seed weight_decay beta1 beta2".split()
     differing = [
         f"{name} (was {saved['settings'][name]}, now {getattr(settings, name)})"
         for name in same
@@ -464,6 +501,8 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: prepare_data.Dat
     ]
     if saved["dataset"] != dataset.fingerprint():
         differing.append(f"the files of dataset {settings.dataset} (was {saved['settings']['dataset']})")
+    if saved["step"] > settings.max_steps:
+        raise Failure(f"{settings.out_dir} is at step {saved['step']} already; max_steps is {settings.max_steps}")
     if differing:
         raise Failure(
             f"{settings.out_dir} can't go on with another {', '.join(differing)};\n"
@@ -473,21 +512,20 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: prepare_data.Dat
 
 def save_checkpoint(run: Run, name: str):
     """Write a checkpoint; best.pt goes without the optimizer, it is for sampling."""
-    if run.ranks.rank:
-        return
     state = {
         "step": run.step,
+        "world_size": run.ranks.world_size,
         "val_loss": run.val_loss,
         "best_val_loss": run.best_val_loss,
         "settings": asdict(run.settings),
         "model_config": asdict(run.model.config),
         "model": run.model.state_dict(),
-        "tokenizer": {"name": run.dataset.encoding.name, "ranks": prepare_data.write_tokenizer(run.dataset.encoding)},
+        "tokenizer": {"name": run.dataset.encoding.name, "text": prepare_data.write_tokenizer(run.dataset.encoding)},
         "dataset": run.dataset.fingerprint(),
     }
     if name == "latest.pt":
         state["optimizer"] = run.optimizer.state_dict()
-    checkpoint.save(run.folder / name, state)
+    run.ranks.first_alone(lambda: checkpoint.save(run.folder / name, state))
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -500,7 +538,8 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def refuse_to_overwrite(settings: TrainConfig):
-    if settings.init_from != "resume" and not settings.overwrite and (Path(settings.out_dir) / "latest.pt").exists():
+    held = any((Path(settings.out_dir) / name).exists() for name in ("latest.pt", "best.pt"))
+    if held and settings.init_from != "resume" and not settings.overwrite:
         raise Failure(
             f"{settings.out_dir} holds a run already; go on with it: --init_from=resume, "
             f"keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
@@ -509,8 +548,6 @@ def refuse_to_overwrite(settings: TrainConfig):
 
 def clear_folder(run: Run):
     """Leave in the run's folder what it goes on from: nothing, or its checkpoint and the log up to there."""
-    if run.ranks.rank:
-        return
     if run.settings.init_from != "resume":
         for name in ("latest.pt", "best.pt", "metrics.jsonl", "loss.png"):
             (run.folder / name).unlink(missing_ok=True)
@@ -561,7 +598,7 @@ def check_finite(run: Run, *values: float):
     """Stop before numbers that are lost reach a checkpoint."""
     if not all(math.isfinite(value) for value in values):
         raise Failure(
-            f"step {run.step}: the loss or the gradient's norm is {' or '.join(map(str, values))};\n"
+            f"step {run.step}: loss, or loss and gradient norm, are {', '.join(map(str, values))}: no longer finite;\n"
             f"the checkpoints in {run.folder} are from before. Try a lower --learning_rate or more --warmup_steps",
             NOT_FINITE,
         )
@@ -633,7 +670,7 @@ def train(run: Run) -> bool:
     batch = micro_batch(windows, settings, ranks, start_step, 0)
     with stop_requests() as requests:
         for step in range(start_step, settings.max_steps + 1):  # the last pass only evaluates and saves
-            stop = ranks.least(not requests) == 0
+            stop = ranks.any(bool(requests))
             last = stop or step == settings.max_steps
             if step > start_step:
                 paused = time.monotonic()
@@ -653,10 +690,12 @@ def train(run: Run) -> bool:
                 torch.manual_seed(hashed(settings.seed, step, ranks.rank))
             step_loss = torch.zeros((), device=ranks.device)
             for micro_step in range(run.micro_steps):
-                parallel.require_backward_grad_sync = micro_step == run.micro_steps - 1  # they add up first
+                # DistributedDataParallel averages the gradients over the ranks, once, in the last backward
+                parallel.require_backward_grad_sync = micro_step == run.micro_steps - 1
                 with autocast(settings):
                     loss = parallel(*batch) / run.micro_steps
-                batch = micro_batch(windows, settings, ranks, step, micro_step + 1)  # while the device is at work
+                # the next batch, fetched while the device is at work; after the last micro-step the next step's first
+                batch = micro_batch(windows, settings, ranks, step, micro_step + 1)
                 loss.backward()
                 step_loss += loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
@@ -723,19 +762,22 @@ def draw_losses(folder: Path):
 
 def main(settings: TrainConfig):
     refuse_to_overwrite(settings)
-    with start_ranks(settings.device) as ranks:
+    with start_ranks(settings.device) as ranks, contextlib.ExitStack() as held:
         dataset = open_dataset(settings, ranks)
-        with checkpoint.locked(Path(settings.out_dir)) if ranks.rank == 0 else contextlib.nullcontext():
-            run = start_run(decide(settings, ranks), ranks, dataset)
-            clear_folder(run)
-            introduce(run)
-            finished = train(run)
-            if finished:
-                report(run)
-            else:
-                run.say(f"stopped at step {run.step}; go on with --init_from=resume")
+        ranks.first_alone(lambda: held.enter_context(checkpoint.locked(Path(settings.out_dir))))
+        run = start_run(settings, ranks, dataset)
+        ranks.first_alone(lambda: clear_folder(run))
+        introduce(run)
+        if train(run):
+            report(run)
+        else:
+            run.say(f"stopped at step {run.step}; to go on: the same command with --init_from=resume")
 
 
 if __name__ == "__main__":
     with config.exit_codes():
-        main(settings)
+        try:
+            main(settings)
+        except torch.OutOfMemoryError:
+            advice = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
+            raise Failure(f"the GPU's memory is full; {advice}") from None

@@ -37,8 +37,11 @@ class Failure(Exception):
 
 
 @contextlib.contextmanager
-def exit_codes():
-    """Within this, an expected error ends the program with its message and exit code instead of a traceback."""
+def exit_codes(one_voice: bool = False):
+    """Within this, an expected error ends the program with its message and exit code instead of a traceback.
+
+    one_voice: of the processes that torchrun starts only the first speaks, for an error that all of them have.
+    """
     try:
         yield
     except Failure as failure:
@@ -49,8 +52,10 @@ def exit_codes():
         message, code = "interrupted", 130
     else:
         return
-    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks for all
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not one_voice:
+        who = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
+        print(f"{who}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -60,13 +65,16 @@ def load(settings_class, arguments: list[str], positional: str = ""):
     positional: the field that takes an argument without `--` that is not a recipe.
     Ends the program with code 2 where an argument, a recipe or a value doesn't fit, and after `--help`.
     """
-    with exit_codes():
+    with exit_codes(one_voice=True):
         if {"--help", "-h"} & set(arguments):
             print(help_text(settings_class, positional))
             sys.exit(0)
         values = {}
         for argument in sorted(arguments, key=lambda a: a.startswith("-")):  # recipes first, in the order given
-            values |= parse_argument(settings_class, argument, positional)
+            found = parse_argument(settings_class, argument, positional)
+            if not argument.startswith("-") and positional in found and positional in values:
+                raise Failure(f"{argument}: {positional} is {values[positional]} already; one at a time")
+            values |= found
         settings = settings_class(**values)
         try:
             settings.check()
@@ -158,12 +166,12 @@ def help_text(settings_class, positional: str) -> str:
 
 
 def find_device(name: str):
-    """The torch.device that a `device` setting means: auto is the machine's GPU where it has one. Raises Failure."""
+    """The torch.device that a `device` setting means: auto is cuda, else mps, else cpu. Raises Failure."""
     import torch  # only here, so that settings are read without waiting for it
 
-    there = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if name in ("auto", there.type):
-        return there
-    if name == "cpu":
-        return torch.device("cpu")
-    raise Failure(f"device {name}: torch {torch.__version__} finds only {there.type} here, which --device=auto takes")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise Failure(f"device {name}: torch {torch.__version__} finds none here; --device=auto takes what there is")
+    return torch.device(name)

@@ -44,7 +44,7 @@ def matrix_product_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def main(settings: train.TrainConfig):
     ranks = train.Ranks(0, 1, config.find_device(settings.device))
-    settings, device = train.decide(settings, ranks), ranks.device
+    settings, device = train.resolve_auto(settings, ranks, None), ranks.device
     dtype = getattr(torch, settings.dtype)
     limit = matrix_product_flops(device, dtype)
     shape = dict(n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd, dropout=settings.dropout)

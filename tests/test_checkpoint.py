@@ -1,5 +1,7 @@
 """Files that survive."""
 
+import os
+
 import pytest
 import torch
 
@@ -79,6 +81,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(RuntimeError), checkpoint.atomic_file(tmp_path / "c.pt") as file:
         file.write(b"half of it")
         raise RuntimeError
+    assert checkpoint.load(tmp_path / "c.pt") == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sets no such limits")
+def test_a_full_disk_is_an_input_output_error(tmp_path):
+    import resource
+
+    checkpoint.save(tmp_path / "c.pt", {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, before[1])
+    )  # a file may grow no larger, as if the disk were full
+    try:
+        with pytest.raises(OSError):
+            checkpoint.save(tmp_path / "c.pt", {"step": 2, "weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoint.load(tmp_path / "c.pt") == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
 

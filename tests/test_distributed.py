@@ -39,6 +39,12 @@ def test_a_failure_speaks_once(data_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_fails_on_the_first_rank_ends_the_others_quietly(data_dir, tmp_path):
+    result = tiny_run(data_dir, tmp_path / "run", "--dataset=nothing", processes=2)
+    assert result.returncode != 0 and result.stderr.count("python prepare_data.py nothing --source=PATH") == 1
+    assert "Traceback" not in result.stderr.split("torch/distributed")[0] and not (tmp_path / "run").exists()
+
+
 @pytest.mark.gpu
 def test_two_gpus_equal_one(data_dir, tmp_path):
     if torch.cuda.device_count() < 2:

@@ -154,6 +154,16 @@ def test_a_folder_that_is_no_gpt2_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="wte.weight has shape"):
         load_hf(tmp_path)
+    save_hf(make_model(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        load_hf(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        load_hf(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="no whole shape"):
+        load_hf(tmp_path)
 
 
 @pytest.mark.gpu

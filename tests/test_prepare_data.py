@@ -236,7 +236,7 @@ def test_a_folder_of_every_kind_of_file(tmp_path):
     (source / "b.md").write_bytes("\ufeffmarked".encode())
     (source / "c.py").write_text("python")
     (source / "d.txt.gz").write_bytes(gzip.compress(b"gzipped"))
-    (source / "e.jsonl.xz").write_bytes(lzma.compress(b'{"body": "json 1"}\n{"body": "json 2", "x": 1}\n'))
+    (source / "e.jsonl.xz").write_bytes(lzma.compress(b'{"body": "json 1"}\n\n{"body": "json 2", "x": 1}\n'))
     (source / "f.png").write_bytes(b"\x89PNG")
     (source / "g.txt").write_text(" \n")
     manifest, train, val = prepared(tmp_path, tmp_path / "texts", text_field="body", val_fraction=0.5)
@@ -257,6 +257,7 @@ def test_a_folder_of_every_kind_of_file(tmp_path):
         ("a.jsonl", b"[1]\n", "a.jsonl:1: no text"),
         ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], "a.txt.gz is cut or damaged"),
         ("a.txt.xz", lzma.compress(b"x" * 999)[:-9], "a.txt.xz is cut or damaged"),
+        ("a.txt.gz", gzip.compress(b"x" * 999)[:12] + b"\xff" * 20, "a.txt.gz is cut or damaged"),
         ("a.txt.gz", b"no gzip", "a.txt.gz is cut or damaged"),
         ("a.txt.xz", b"no xz", "a.txt.xz is cut or damaged"),
     ],
@@ -298,6 +299,20 @@ def test_a_dataset_is_not_overwritten_by_another(tmp_path, capsys):
     (tmp_path / "data" / "other").mkdir()
     with pytest.raises(Failure, match="holds something else already"):
         prepared(tmp_path, tmp_path / "a.txt", name="other")
+
+
+def test_shards_are_those_of_the_manifest(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    prepared(tmp_path, tmp_path / "a.txt", name="a_val_b_train_c")  # a name that looks like those of shards
+    folder = tmp_path / "data" / "a_val_b_train_c"
+    dataset = Dataset(folder, 16)
+    assert dataset.train.tokens() == dataset.manifest["splits"]["train"]["tokens"] == 901
+    assert dataset.val.tokens() == dataset.manifest["splits"]["val"]["tokens"] == 101
+    prepare_data.write_shard(folder / "x_train_000009.bin", np.arange(100, dtype="<u2"))  # belongs to something else
+    assert Dataset(folder, 16).train.tokens() == 901
+    (folder / "a_val_b_train_c_train_000000.bin").unlink()
+    with pytest.raises(Failure, match="is missing or not the shard of 901 tokens"):
+        Dataset(folder, 16)
 
 
 def test_a_changed_tokenizer_file_is_noticed(tmp_path):

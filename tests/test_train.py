@@ -276,8 +276,8 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path):
         (["--init_from=nowhere"], 2, "is not scratch, resume or a GPT-2 folder"),
         (["--dataset=nothing"], 2, "python prepare_data.py nothing --source=PATH"),
         (["--block_size=8192", "--batch_tokens=16384"], 2, "less than one window of 8193 validation tokens"),
-        (["--device=mps"], 2, "finds only"),
-        (["--learning_rate=1e30", "--min_lr=0"], NOT_FINITE, "Try a lower --learning_rate"),
+        (["--device=mps"], 2, "finds none here"),
+        (["--learning_rate=1e15", "--min_lr=0"], NOT_FINITE, "Try a lower --learning_rate"),
     ],
 )
 def test_what_cannot_run_says_so(data_dir, tmp_path, options, code, message):
@@ -289,7 +289,7 @@ def test_what_cannot_run_says_so(data_dir, tmp_path, options, code, message):
 
 
 def test_numbers_that_are_lost_reach_no_checkpoint(data_dir, tmp_path):
-    options = ["--learning_rate=1e30", "--min_lr=0", "--checkpoint_interval=1", "--log_interval=12"]
+    options = ["--learning_rate=1e15", "--min_lr=0", "--checkpoint_interval=1", "--log_interval=12"]
     assert tiny_run(data_dir, tmp_path / "run", *options).returncode == NOT_FINITE
     for path in (tmp_path / "run").glob("*.pt"):
         assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run", path.name).values())
@@ -302,6 +302,8 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
     for options, message in (
         ([], "holds a run already"),
         (["--init_from=resume", "--n_embd=32"], "n_embd (was 16, now 32)"),
+        (["--init_from=resume", "--beta2=0.5"], "beta2 (was 0.95, now 0.5)"),
+        (["--init_from=resume", "--max_steps=11"], "is at step 12 already; max_steps is 11"),
         (["--init_from=resume", "--seed=3", "--batch_tokens=512"], "batch_tokens (was 256, now 512), seed (was 1337"),
     ):
         result = tiny_run(data_dir, out_dir, *options)
@@ -311,6 +313,9 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
         assert result.returncode == IN_USE and "in use by another run" in result.stderr
     assert tiny_run(data_dir, out_dir, "--overwrite=True", "--dataset=nothing").returncode == 2
     assert same(weights(out_dir), before)
+    (out_dir / "latest.pt").rename(tmp_path / "latest.pt")  # as if it had been killed before its first checkpoint
+    assert "holds a run already" in tiny_run(data_dir, out_dir).stderr
+    (tmp_path / "latest.pt").rename(out_dir / "latest.pt")
     assert tiny_run(data_dir, out_dir, "--overwrite=True", "--seed=3").returncode == 0
     assert not same(weights(out_dir), before)
 
@@ -321,6 +326,17 @@ def test_a_finished_run_can_be_taken_further(data_dir, tmp_path):
     assert result.returncode == 0 and "validation loss" in result.stdout
     assert tiny_run(data_dir, tmp_path / "run", "--init_from=resume", "--max_steps=14").returncode == 0
     assert [step for step, _ in metrics(tmp_path / "run", "step", "loss")] == list(range(1, 15))
+
+
+def test_what_was_found_automatically_stays_so(data_dir, tmp_path, monkeypatch):
+    options = ["--dtype=auto", "--micro_batch_size=0", "--checkpoint_interval=4", "--max_steps=4"]
+    monkeypatch.setattr(train, "fast_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(train, "fitting_micro_batch_size", lambda *_: 4)
+    assert "in bfloat16" in tiny_run(data_dir, tmp_path / "run", *options).stdout
+    monkeypatch.setattr(train, "fast_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(train, "fitting_micro_batch_size", lambda *_: 8)
+    printed = tiny_run(data_dir, tmp_path / "run", *options, "--init_from=resume", "--max_steps=5").stdout
+    assert "4 sequences of 32 x 2 micro-steps" in printed and "in bfloat16" in printed
 
 
 def test_bf16_follows_fp32(data_dir, tmp_path):
