@@ -272,7 +272,6 @@ def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
     the lower ranks. Fewer than vocab_size - 1 come back where no pair is left to merge.
     """
     tokens = [bytes([byte]) for byte in range(256)]
-    rank_of = {token: rank for rank, token in enumerate(tokens)}
     pieces, weights = [list(piece) for piece in counts], list(counts.values())
     pair_counts, pieces_with = Counter(), defaultdict(set)
     for index, piece in enumerate(pieces):
@@ -288,15 +287,13 @@ def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
             if 0 < pair_counts[pair] < -count:
                 heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
-        token = tokens[pair[0]] + tokens[pair[1]]
-        if token not in rank_of:  # "ab" + "c" may already stand there as "a" + "bc"
-            rank_of[token] = len(tokens)
-            tokens.append(token)
+        rank = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changes = Counter()
         for index in pieces_with.pop(pair):
-            merge_pair(pieces[index], pair, rank_of[token], weights[index], changes)
+            merge_pair(pieces[index], pair, rank, weights[index], changes)
             for new_pair in pairwise(pieces[index]):
-                if rank_of[token] in new_pair:
+                if rank in new_pair:
                     pieces_with[new_pair].add(index)
         for changed, change in changes.items():
             pair_counts[changed] += change

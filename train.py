@@ -142,11 +142,12 @@ def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     """
     half = np.uint64(max(1, math.ceil((count - 1).bit_length() / 2)))
     mask = np.uint64((1 << int(half)) - 1)
+    round_keys = mix(np.arange(6, dtype=np.uint64) ^ np.uint64(key))
 
     def permute(x):
         left, right = x >> half, x & mask
-        for round_key in range(6):
-            left, right = right, left ^ (mix(right ^ np.uint64(hashed(key, round_key))) & mask)
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(right ^ round_key) & mask)
         return left << half | right
 
     result = permute(positions.astype(np.uint64))

@@ -42,6 +42,7 @@ def test_a_failure_speaks_once(data_dir, tmp_path):
 def test_what_fails_on_the_first_rank_ends_the_others_quietly(data_dir, tmp_path):
     result = tiny_run(data_dir, tmp_path / "run", "--dataset=nothing", processes=2)
     assert result.returncode != 0 and result.stderr.count("python prepare_data.py nothing --source=PATH") == 1
+    assert "rank 1:" not in result.stderr
     assert "Traceback" not in result.stderr.split("torch/distributed")[0] and not (tmp_path / "run").exists()
 
 

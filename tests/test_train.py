@@ -182,8 +182,9 @@ def test_bits_per_byte_counts_every_byte_of_the_text(finished, data_dir):
     assert bits == pytest.approx(val_loss * facts["tokens"] / math.log(2) / facts["bytes"])
 
 
-def test_evaluation_is_the_mean_over_its_windows(finished, data_dir):
-    out_dir, _ = finished
+def test_evaluation_is_the_mean_over_its_windows(data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+    assert tiny_run(data_dir, out_dir, "--micro_batch_size=8").returncode == 0
     state = checkpoint.load(out_dir / "latest.pt")
     model = GPT(GPTConfig(**state["model_config"])).eval()
     model.load_state_dict(state["model"])
@@ -194,7 +195,28 @@ def test_evaluation_is_the_mean_over_its_windows(finished, data_dir):
     with torch.no_grad():
         wanted = model(rows[:, :-1], rows[:, 1:]).item()
     assert state["val_loss"] == pytest.approx(wanted, abs=1e-5)
-    assert count % 2 == 1  # so that the last batch is not a full one
+    assert count % 8 == 7  # the last batch is not a full one
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_is_spread_over_the_ranks(data_dir, world_size):
+    class Windows(train.prepare_data.Windows):
+        def __getitem__(self, indices):
+            asked.append(np.unique(indices))
+            return super().__getitem__(indices)
+
+    dataset, seen = train.prepare_data.Dataset(data_dir / "tiny", 32), []
+    dataset.val = Windows(dataset.val.paths, 32, 257)
+    settings = TrainConfig(block_size=32, micro_batch_size=4, eval_tokens=1000, device="cpu", dtype="float32")
+    for rank in range(world_size):
+        asked = []
+        ranks = train.Ranks(rank, world_size, torch.device("cpu"))
+        ranks.sum = lambda values: values
+        model = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=1, n_head=1, n_embd=8))
+        train.evaluate(train.Run(settings, ranks, dataset, model, None))
+        seen.append(np.concatenate(asked).tolist())
+    assert len(sum(seen, [])) == len(set(sum(seen, []))) == 1000 // 32
+    assert max(map(len, seen)) - min(map(len, seen)) <= 1
 
 
 def interrupt(data_dir, out_dir, number: int, at_step: int, *options) -> int:
