@@ -1,7 +1,8 @@
 """The first run: a one-block GPT that learns Python from the standard library of the Python that runs it.
 
 python train.py config/small.py
-Not yet run.
+2 cores of an AMD EPYC (Zen 3), float32, torch 2.13.0, 2026-11-22: 1.587 bits per byte of Python 3.11's library, for
+which lzma -9 needs 1.601 and gzip -9 1.957, in 4 min 16 s with the preparing, two evaluations and a sample.
 """
 
 out_dir = "out/small"
