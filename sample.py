@@ -144,7 +144,7 @@ def main(settings: SampleConfig):
     device = config.find_device(settings.device)
     path = newest_checkpoint(settings)
     model, tokenizer, state = load_model(path, device)
-    print(f"{path}: step {state['step']}, validation loss {state['val_loss']:.4f}", file=sys.stderr)
+    print(f"{path}: step {state['step']}, validation loss {state['val_loss']:.4f}", file=sys.stderr)  # inf: none yet
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(settings.prompt)]
     context = model.config.block_size
     if len(tokens) > context:

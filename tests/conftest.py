@@ -20,6 +20,12 @@ torch.set_num_threads(1)  # the models here are so small that two threads would 
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """Forty documents that a model can learn something from in a few steps."""
