@@ -40,6 +40,7 @@ def checksum(state) -> str:
     digest = hashlib.sha256()
 
     def visit(value):
+        """Add `value`, and what is in it, to the digest."""
         if isinstance(value, dict):
             for key in value:
                 digest.update(f"{key!r}:".encode())

@@ -93,6 +93,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """The whole model: embeddings, n_layer blocks, a last layer norm, and the head, which has the weights of wte."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config

@@ -30,7 +30,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
-import regex
+import regex  # comes with tiktoken
 import requests
 import tiktoken
 
@@ -482,6 +482,7 @@ class Survey:
 
 
 def survey_documents(settings: PrepareConfig) -> Survey:
+    """Read all documents once, twice where they must be cut. Raises Failure where that leaves a split without text."""
     split_pattern, wants_pieces = regex.compile(GPT2_PATTERN), bpe_size(settings.tokenizer) > 0
     for cut in (False, True):
         survey = Survey(cut, 0, {"train": 0, "val": 0}, {"train": 0, "val": 0}, Counter())

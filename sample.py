@@ -141,6 +141,7 @@ def load_model(path: Path, device: torch.device):
 
 
 def main(settings: SampleConfig):
+    """Stream the continuations to standard output; what is not the model's goes to standard error."""
     device = config.find_device(settings.device)
     path = newest_checkpoint(settings)
     model, tokenizer, state = load_model(path, device)

@@ -54,7 +54,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # on matrices and embeddings, not on biases and layer norms
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.95  # and of its square
-    grad_clip: float = 1.0  # longest gradient, by its norm; 0 = off
+    grad_clip: float = 1.0  # the gradient is shortened to this norm; 0 = off
     eval_interval: int = 250  # steps between evaluations; one more follows the last step
     eval_tokens: int = 10 * 1024 * 1024  # validation tokens an evaluation scores, the same each time
     checkpoint_interval: int = 1000  # steps between checkpoints; one more follows the last step
@@ -333,6 +333,7 @@ def fitting_micro_batch_size(model: GPT, settings: TrainConfig, ranks: Ranks) ->
 
 
 def fits(model: GPT, settings: TrainConfig, sequences: int) -> bool:
+    """Whether a forward and a backward of so many sequences fit the GPU's memory, beside what comes later."""
     device = model.wte.weight.device
     try:
         reserve = torch.empty(12 * sum(p.numel() for p in model.parameters()), dtype=torch.uint8, device=device)
@@ -391,6 +392,8 @@ def memory_gib(device: torch.device) -> float:
 
 @dataclass
 class Run:
+    """A run at some step: what `main` puts together and `train` moves on."""
+
     settings: TrainConfig
     ranks: Ranks
     dataset: prepare_data.Dataset
@@ -638,6 +641,7 @@ class Meter:
             self.last_time += seconds
 
     def log(self, loss: float, grad_norm: float, learning_rate: float):
+        """Print a line on the step just done and append it to metrics.jsonl."""
         run, max_steps, now = self.run, self.run.settings.max_steps, time.monotonic()
         record = {"step": run.step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         parts = [f"step {run.step:>6,} of {max_steps:,} | loss {loss:.4f}"]
