@@ -158,7 +158,10 @@ class Windows:
 def shard_paths(folder: Path, manifest: dict, split: str) -> list[Path]:
     """The shards of one split: those of the manifest, as it describes them, or by their names where there is none."""
     if not manifest["splits"]:
-        return sorted(folder.glob(f"*_{split}_[0-9]*.bin"))
+        paths = sorted([*folder.glob(f"*_{split}_[0-9]*.bin"), *folder.glob(f"*_{split}.bin")])
+        if not paths:
+            raise Failure(f"{folder} has no shards named like fineweb_{split}_000001.bin")
+        return paths
     paths = [folder / shard["file"] for shard in manifest["splits"][split]["shards"]]
     for path, shard in zip(paths, manifest["splits"][split]["shards"]):
         if not path.exists() or len(open_shard(path)) != shard["tokens"]:
@@ -283,7 +286,7 @@ def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
     progress = Progress("merges", vocab_size - 257)
     while len(tokens) < vocab_size - 1 and heap:
         count, pair = heapq.heappop(heap)
-        if -count != pair_counts[pair]:  # out of date: the pair lost neighbours since, or stands there again
+        if -count != pair_counts[pair]:  # out of date: merges since then took some of the pair's places
             if 0 < pair_counts[pair] < -count:
                 heapq.heappush(heap, (-pair_counts[pair], pair))
             continue

@@ -124,7 +124,9 @@ def newest_checkpoint(settings: SampleConfig) -> Path:
     path = Path(settings.checkpoint or settings.out_dir)
     if path.is_file() or path.suffix == ".pt":
         return path
-    found = list(path.glob("latest.pt")) if settings.checkpoint else list(path.glob("*/latest.pt"))
+    folders = [path] if settings.checkpoint else path.glob("*/")
+    pairs = ([folder / "latest.pt", folder / "best.pt"] for folder in folders)  # a young run has a best.pt only
+    found = [next(file for file in pair if file.exists()) for pair in pairs if any(file.exists() for file in pair)]
     if not found:
         hint = "train one: python train.py config/small.py"
         raise Failure(f"{path}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class TrainConfig:
     max_steps: int = 19073  # optimizer steps; 19,073 of 0.5M tokens are 10B
     learning_rate: float = 6e-4  # its peak, after warm-up
     min_lr: float = 6e-5  # where the cosine ends
-    warmup_steps: int = 700  # linear, from 0 to learning_rate
+    warmup_steps: int = 700  # linear, up to learning_rate
     weight_decay: float = 0.1  # on matrices and embeddings, not on biases and layer norms
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.95  # and of its square
@@ -290,8 +291,10 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, saved: dict | None) -> Tra
 
 
 def can_compile() -> bool:
-    """Whether torch.compile has what it needs on an NVIDIA GPU."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
+    """Whether torch.compile has what it needs on an NVIDIA GPU: triton, a C compiler, and a chip not too old."""
+    compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    triton = importlib.util.find_spec("triton") is not None
+    return compiler and triton and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def keep_freed_memory():
@@ -418,6 +421,11 @@ class Run:
         """The validation loss for each byte of text, which makes tokenizers comparable; nan where no manifest says."""
         return self.val_loss / math.log(2) * self.dataset.val_tokens_per_byte()
 
+    @property
+    def perplexity(self) -> float:
+        """How many equally likely tokens the model is, on average, undecided between."""
+        return math.exp(min(self.val_loss, 700))  # more is beyond what a float holds
+
     def say(self, text: str):
         if self.ranks.rank == 0:
             print(text, flush=True)
@@ -476,7 +484,9 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: prepare_data.Dataset
     settings = resolve_auto(settings, ranks, saved)
     model = build_model(settings, dataset, saved).to(ranks.device)
     if not settings.micro_batch_size:
+        alike = ("device", "activation_checkpointing")
         same_share = saved and saved["world_size"] == ranks.world_size
+        same_share = same_share and all(saved["settings"][name] == getattr(settings, name) for name in alike)
         found = (
             saved["settings"]["micro_batch_size"] if same_share else fitting_micro_batch_size(model, settings, ranks)
         )
@@ -503,6 +513,8 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: prepare_data.Dat
         for name in same
         if saved["settings"][name] != getattr(settings, name)
     ]
+    if saved["tokenizer"]["text"] != prepare_data.write_tokenizer(dataset.encoding):
+        differing.append(f"tokenizer (was {saved['tokenizer']['name']}, now {dataset.encoding.name})")
     if saved["dataset"] != dataset.fingerprint():
         differing.append(f"the files of dataset {settings.dataset} (was {saved['settings']['dataset']})")
     if saved["step"] > settings.max_steps:
@@ -542,10 +554,10 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def refuse_to_overwrite(settings: TrainConfig):
-    held = any((Path(settings.out_dir) / name).exists() for name in ("latest.pt", "best.pt"))
-    if held and settings.init_from != "resume" and not settings.overwrite:
+    latest, best = ((Path(settings.out_dir) / name).exists() for name in ("latest.pt", "best.pt"))
+    if (latest or best) and settings.init_from != "resume" and not settings.overwrite:
         raise Failure(
-            f"{settings.out_dir} holds a run already; go on with it: --init_from=resume, "
+            f"{settings.out_dir} holds a run already; {'go on with it: --init_from=resume, ' if latest else ''}"
             f"keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
         )
 
@@ -592,7 +604,7 @@ def update_val_loss(run: Run):
     check_finite(run, run.val_loss)
     bits = {"bits_per_byte": run.bits_per_byte} if math.isfinite(run.bits_per_byte) else {}
     run.record(step=run.step, val_loss=run.val_loss, **bits)
-    run.say(f"step {run.step:>6,} | validation loss {run.val_loss:.4f}, perplexity {math.exp(run.val_loss):.2f}")
+    run.say(f"step {run.step:>6,} | validation loss {run.val_loss:.4f}, perplexity {run.perplexity:.2f}")
     if run.val_loss < run.best_val_loss:
         run.best_val_loss = run.val_loss
         save_checkpoint(run, "best.pt")
@@ -730,7 +742,7 @@ def report(run: Run):
     """Say what the run reached, draw its curve, and let the model speak."""
     if run.ranks.rank:
         return
-    print(f"\nvalidation loss {run.val_loss:.4f} nats a token, perplexity {math.exp(run.val_loss):.2f}")
+    print(f"\nvalidation loss {run.val_loss:.4f} nats a token, perplexity {run.perplexity:.2f}")
     if math.isfinite(run.bits_per_byte):
         compressors = run.dataset.manifest["splits"]["val"]["compressed_bits_per_byte"]
         others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
@@ -770,6 +782,7 @@ def main(settings: TrainConfig):
     with start_ranks(settings.device) as ranks, contextlib.ExitStack() as held:
         dataset = open_dataset(settings, ranks)
         ranks.first_alone(lambda: held.enter_context(checkpoint.locked(Path(settings.out_dir))))
+        ranks.first_alone(lambda: refuse_to_overwrite(settings))  # again, now that no other run can come between
         run = start_run(settings, ranks, dataset)
         ranks.first_alone(lambda: clear_folder(run))
         introduce(run)

@@ -1,7 +1,7 @@
 """The GPT-3 paper's 6.7B model on 300B tokens (Brown et al. 2020, table 2.1).
 
 torchrun --standalone --nproc_per_node=8 train.py config/gpt3_7b.py
-Not yet run: with AdamW in fp32 it wants about 110 GB a GPU before activations, as every rank holds the whole model.
+Not yet run: with AdamW in fp32 it wants about 134 GB a GPU before activations, as every rank holds the whole model.
 """
 
 out_dir = "out/gpt3_7b"

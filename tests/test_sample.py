@@ -121,6 +121,14 @@ def test_the_command_line_streams_from_the_newest_run(trained, data_dir, tmp_pat
     assert again.stdout == result.stdout != other.stdout
 
 
+def test_a_run_without_a_latest_checkpoint_speaks_from_its_best(trained, tmp_path):
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "best.pt").write_bytes((trained / "tiny" / "best.pt").read_bytes())
+    found = sample.newest_checkpoint(sample.SampleConfig(out_dir=str(tmp_path)))
+    assert found == tmp_path / "young" / "best.pt"
+    assert sample.newest_checkpoint(sample.SampleConfig(out_dir=str(trained))) == trained / "tiny" / "latest.pt"
+
+
 def test_several_samples_differ(trained):
     result = run("sample.py", f"--out_dir={trained}", "--num_samples=3", "--max_new_tokens=30")
     samples = result.stdout.split("-" * 20)
