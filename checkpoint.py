@@ -3,17 +3,18 @@
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from config import IN_USE, NO_CHECKPOINT, Failure
 
 
 def save(path: Path, state: dict):
     """Write `state`, nested dicts and lists of tensors and plain types, with its own checksum."""
+    import torch  # only here and below, so that a file can be locked without waiting for it
+
     with atomic_file(path) as file:
         try:
             torch.save(state | {"checksum": checksum(state)}, file)
@@ -23,6 +24,8 @@ def save(path: Path, state: dict):
 
 def load(path: Path) -> dict:
     """Read what `save` wrote, tensors on the CPU. Nothing in the file can run code. Raises Failure."""
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -37,6 +40,8 @@ def load(path: Path) -> dict:
 
 def checksum(state) -> str:
     """SHA-256 over every name and value in `state`, tensors by type, shape and bytes."""
+    import torch
+
     digest = hashlib.sha256()
 
     def visit(value):
@@ -78,19 +83,31 @@ def atomic_file(path: Path) -> Iterator:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator:
-    """Hold `folder` for this process alone; the system drops the lock with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as file:
-        try:
-            if os.name == "posix":
-                import fcntl
+def locked(path: Path, in_use: str = "") -> Iterator:
+    """Hold the lock file `path` for this process alone; the system drops the lock with the process, however that ends.
 
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):
-            raise Failure(f"{folder} is in use by another run; choose another --out_dir", IN_USE) from None
+    in_use: the message of the Failure where another process holds it; "" = wait until that one is done.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        while not lock(file):
+            if in_use:
+                raise Failure(in_use, IN_USE)
+            time.sleep(0.1)
         yield
+
+
+def lock(file) -> bool:
+    """Lock an open file until it is closed; return whether that worked, as no other process has it."""
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

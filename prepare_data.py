@@ -1,71 +1,198 @@
-"""Turn text into shards of tokens in data/NAME, ready to train on.
+"""Turn text into clean, deduplicated shards of tokens in data/NAME, ready to train on.
 
-    python prepare_data.py stdlib                          a named dataset: stdlib, shakespeare
-    python prepare_data.py mine --source=~/texts           your own file or folder
-    python prepare_data.py mine --source=texts.jsonl.xz --tokenizer=bpe:8192
+    python prepare_data.py stdlib                              a named dataset (--help lists them)
+    python prepare_data.py mine --source=~/texts               your own files, folders, or globs
+    python prepare_data.py mine --source=a.jsonl.gz,b.parquet --clean=web --dedupe=near --tokenizer=bpe:8192
+    zcat *.gz | python prepare_data.py mine --source=-         standard input
 
-Read from the bottom up: `prepare` tells the story. Above it stand the datasets' texts, the tokenizers, and at the
-top the shard format, in both directions; `Dataset` is what training opens.
+Read from the bottom up: `prepare` tells the story. Text is read and cleaned once and kept beside the dataset as it
+grows; then it is known which documents are repeated, and what is left goes through the tokenizer into shards. Above
+that story stand deduplication, cleaning, reading, downloads, the tokenizers, and at the top the shard format in both
+directions; `Dataset` is what training opens.
 """
 
 import base64
+import bz2
+import codecs
+import csv
+import glob
 import gzip
 import hashlib
 import heapq
 import json
 import lzma
 import math
+import multiprocessing
 import os
+import re
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
 import time
-import tokenize
+import unicodedata
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import regex  # comes with tiktoken
 import requests
 import tiktoken
+import urllib3  # comes with requests
 
 import config
+from checkpoint import locked
 from config import INPUT_OUTPUT, Failure
 
 
 @dataclass
 class PrepareConfig:
-    """Turn text into shards of tokens in data/NAME, ready to train on."""
+    """Turn text into clean, deduplicated shards of tokens in data/NAME, ready to train on.
 
-    name: str = ""  # stdlib, shakespeare, or a name of your own for the text under --source
-    source: str = ""  # a file, or a folder searched for .txt .md .py .jsonl, each also as .gz or .xz
-    text_field: str = "text"  # the field of a .jsonl line that holds the document
-    tokenizer: str = ""  # gpt2, bytes, bpe:N (trained here), a .tiktoken file; "" = the dataset's own, or gpt2
-    val_fraction: float = 0.1  # share of the documents kept for validation, chosen by their hash
+    Named datasets: stdlib (12 MB, this Python's own library, no network), shakespeare (1 MB), tinystories (2.2 GB),
+    fineweb-edu-10b (28.5 GB of parquet, 100 GB of disk in all), fineweb-10b-gpt2 (20.8 GB, tokens already).
+    """
+
+    name: str = ""  # a named dataset, or a name of your own for the text under --source or --merge
+    source: str = ""  # files, folders, globs, several with commas between; - reads standard input
+    merge: str = ""  # dataset folders, with commas between, to join: their shards, without reading any text again
+    format: str = ""  # text, jsonl, csv or parquet; "" = by each file's name, text where it says nothing
+    text_field: str = "text"  # the field or column that holds the document in jsonl, csv and parquet
+    separator: str = ""  # a line that parts the documents in a text file; "" = a file is one document
+    invalid_bytes: str = "refuse"  # bytes that are no text in a file's encoding: refuse, or replace by U+FFFD
+    on_error: str = "stop"  # a broken line or damaged file: stop, or skip it and count it
+    tokenizer: str = ""  # gpt2, bytes, bpe:N (trained here), a .tiktoken file; append :gpt4 for GPT-4's split pattern
+    val_fraction: float = 0.0  # share of documents for validation, chosen by their hash; 0 = 0.1, or the dataset's own
+    clean: str = "basic"  # none, basic (Unicode NFC, line ends, no control characters), web (the rules below as well)
+    dedupe: str = "exact"  # none, exact (but for case and white space), near (similar ones as well)
+    near_threshold: float = 0.8  # near: Jaccard similarity of two documents' 5-grams of words from which one is dropped
+    near_signature: int = 256  # near: bytes of memory a document, each a sample of its 5-grams
+    near_bands: int = 32  # near: pairs are looked for with a signature cut into so many bands
+    decontaminate: str = ""  # files like --source; training documents sharing 13 words in a row with them are dropped
+    min_words: int = 50  # web, Gopher: words a document has at least
+    max_words: int = 100_000  # web, Gopher: and at most; 0 = any number
+    min_word_length: float = 3.0  # web, Gopher: mean characters a word, at least
+    max_word_length: float = 10.0  # web, Gopher: and at most
+    max_symbols: float = 0.1  # web, Gopher: '#' and ellipses for each word
+    max_bullet_lines: float = 0.9  # web, Gopher: share of lines that start with a bullet
+    max_ellipsis_lines: float = 0.3  # web, Gopher: share of lines that end with an ellipsis
+    min_alphabetic_words: float = 0.8  # web, Gopher: share of words that hold a letter
+    min_stop_words: int = 2  # web, Gopher: how many of the be to of and that have with occur; 0 = other languages
+    max_repeated_lines: float = 0.3  # web, Gopher: share of lines, or of paragraphs, that stood before
+    max_repeated_line_characters: float = 0.2  # web, Gopher: the same as a share of their characters
+    max_top_ngram: float = 0.2  # web, Gopher: share of bytes in the commonest 2 words; 0.02 less for 3, 0.04 for 4
+    max_repeated_ngrams: float = 0.15  # web, Gopher: share in 5 words that stood before; 0.01 less a word more, to 10
+    min_sentences: int = 3  # web, C4: ends of sentences a document has at least
+    drop_curly_brackets: bool = True  # web, C4: drop documents with a curly bracket, which are code as a rule
+    drop_unfinished_lines: bool = False  # web, C4: drop lines under 5 words or not ending in . ! ? or a quotation mark
+    processes: int = 0  # how many work at once; 0 = one a core
     shard_tokens: int = 100_000_000  # tokens a shard file holds at most
     data_dir: str = "data"  # the folder that datasets stand in
 
     def __post_init__(self):
-        self.tokenizer = self.tokenizer or NAMED.get(self.name, "gpt2")
+        named = NAMED.get(self.name, Named("gpt2"))
+        self.tokenizer = self.tokenizer or named.tokenizer
+        self.val_fraction = self.val_fraction or named.val_fraction
+        self.separator = self.separator or named.separator
+        self.processes = self.processes or available_cores()
 
     def check(self):
         """Raise ValueError where a value makes no sense."""
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"name {self.name!r}: give the dataset a plain name, as in: python prepare_data.py stdlib")
-        if not self.source and self.name not in NAMED:
+        if not (self.source or self.merge) and self.name not in NAMED:
             raise ValueError(f"{self.name} is not among {', '.join(NAMED)}; for text of your own add --source=PATH")
-        if self.source and self.name in NAMED:
-            raise ValueError(f"{self.name} names a dataset of its own; choose another name for --source={self.source}")
+        if (self.source or self.merge) and self.name in NAMED:
+            raise ValueError(f"{self.name} names a dataset of its own; choose another name for --source or --merge")
+        if self.source and self.merge:
+            raise ValueError(f"source {self.source} and merge {self.merge}: give one of the two")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(filter(None, choices))}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction {self.val_fraction} must lie between 0 and 1")
         if not 1 <= self.shard_tokens < 2**31:
             raise ValueError(f"shard_tokens {self.shard_tokens} must be from 1 to 2147483647, what a header can say")
+        if self.processes < 1:
+            raise ValueError(f"processes {self.processes} must be 1 or more, or 0 for one a core")
         bpe_size(self.tokenizer)
+        self.check_near()
+
+    def check_near(self):
+        """Raise ValueError where the search for near-duplicates would miss many, or cannot work."""
+        if not 0 < self.near_threshold <= 1:
+            raise ValueError(f"near_threshold {self.near_threshold} must be above 0 and at most 1")
+        if self.near_bands < 1 or self.near_signature % self.near_bands or not 1 <= self.near_signature <= 4096:
+            raise ValueError(f"near_bands {self.near_bands} must divide near_signature {self.near_signature} (to 4096)")
+        similarity = min(1.0, self.near_threshold + 0.05)
+        found = chance_of_finding(similarity, self.near_signature, self.near_bands)
+        if found < 0.95:
+            raise ValueError(
+                f"near_bands {self.near_bands} finds {found:.0%} of the pairs of similarity {similarity:.2f}; take more"
+            )
+
+
+CHOICES = {
+    "format": ("", "text", "jsonl", "csv", "parquet"),
+    "invalid_bytes": ("refuse", "replace"),
+    "on_error": ("stop", "skip"),
+    "clean": ("none", "basic", "web"),
+    "dedupe": ("none", "exact", "near"),
+}
+
+
+@dataclass
+class Named:
+    """A dataset that is known by name: what it is made with, and where on the Hugging Face Hub it lies, if it does."""
+
+    tokenizer: str
+    val_fraction: float = 0.1
+    separator: str = ""
+    repository: str = ""
+    revision: str = ""  # a commit, so that the files stay the same
+    prefix: str = ""  # of the paths of its files
+
+
+NAMED = {
+    "stdlib": Named("bpe:4096"),
+    "shakespeare": Named("bytes"),
+    "tinystories": Named(
+        "bpe:8192",
+        val_fraction=0.01,
+        separator="<|endoftext|>",
+        repository="roneneldan/TinyStories",
+        revision="f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+        prefix="TinyStoriesV2-GPT4-",
+    ),
+    "fineweb-edu-10b": Named(
+        "gpt2",
+        val_fraction=0.005,
+        repository="HuggingFaceFW/fineweb-edu",
+        revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        prefix="sample/10BT/",
+    ),
+    "fineweb-10b-gpt2": Named(
+        "gpt2",
+        repository="kjj0/fineweb10B-gpt2",
+        revision="889765ea1f903759787add96995d81171b632d0c",
+        prefix="fineweb_",
+    ),
+}
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- shards: 256 int32 of header, then tokens; the layout of llm.c, modded-nanogpt and the public FineWeb shards
@@ -77,20 +204,39 @@ FORMATS = {  # type of a token: magic number and version in the header
 }
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> str:
-    """Write tokens, of a type in FORMATS, as one shard and return the file's SHA-256."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = *FORMATS[tokens.dtype], len(tokens)
-    with open(path, "xb") as file:
-        file.write(header.tobytes())
-        file.write(tokens.tobytes())
+class ShardFile:
+    """A shard that is being written. It counts as one only after `close`, which returns its SHA-256."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype, self.tokens = path, dtype, 0
+        self.file = open(path, "xb")
+        self.file.write(bytes(4 * HEADER_INTS))
+
+    def write(self, tokens: np.ndarray):
+        self.file.write(tokens.astype(self.dtype).tobytes())
+        self.tokens += len(tokens)
+
+    def close(self) -> str:
+        header = np.array([*FORMATS[self.dtype], self.tokens], dtype="<i4")
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return sha256_of(self.path)
+
+
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_shard(path: Path) -> np.memmap:
     """Map a shard's tokens, uint16 or uint32, into memory. Raises Failure where header and file disagree."""
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except FileNotFoundError:
+        raise Failure(f"{path} is missing; prepare the dataset anew") from None
     for dtype, magic_and_version in FORMATS.items():
         if len(header) == HEADER_INTS and tuple(header[:2]) == magic_and_version:
             held = (path.stat().st_size - header.nbytes) / dtype.itemsize
@@ -100,29 +246,34 @@ def open_shard(path: Path) -> np.memmap:
     raise Failure(f"{path} is not a shard: magic and version are {tuple(header[:2])}, not {list(FORMATS.values())}")
 
 
+def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:
+    return np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
+
+
 class ShardWriter:
-    """Collects the documents of one split and writes a shard whenever it holds enough tokens."""
+    """Writes the tokens of one split into one shard after another."""
 
     def __init__(self, folder: Path, prefix: str, shard_tokens: int, dtype: np.dtype):
         self.folder, self.prefix, self.shard_tokens, self.dtype = folder, prefix, shard_tokens, dtype
-        self.held, self.held_tokens, self.shards = [], 0, []
+        self.file, self.shards = None, []  # what is open, and the facts of those that are full
 
-    def add(self, tokens: list[int]):
-        self.held.append(np.array(tokens, dtype=self.dtype))
-        self.held_tokens += len(tokens)
-        while self.held_tokens >= self.shard_tokens:
-            self.flush()
-
-    def flush(self):
-        tokens = np.concatenate(self.held)
-        path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"
-        now, later = tokens[: self.shard_tokens], tokens[self.shard_tokens :]
-        self.shards.append({"file": path.name, "tokens": len(now), "sha256": write_shard(path, now)})
-        self.held, self.held_tokens = [later], len(later)
+    def add(self, tokens: np.ndarray):
+        while len(tokens):
+            if not self.file:
+                path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"
+                self.file = ShardFile(path, self.dtype)
+            room = self.shard_tokens - self.file.tokens
+            self.file.write(tokens[:room])
+            tokens = tokens[room:]
+            if self.file.tokens == self.shard_tokens:
+                self.close()
 
     def close(self) -> list[dict]:
-        if self.held_tokens:
-            self.flush()
+        """End the shard that is open; return the facts of all."""
+        if self.file:
+            sha256 = self.file.close()
+            self.shards.append({"file": self.file.path.name, "tokens": self.file.tokens, "sha256": sha256})
+            self.file = None
         return self.shards
 
 
@@ -156,16 +307,12 @@ class Windows:
 
 
 def shard_paths(folder: Path, manifest: dict, split: str) -> list[Path]:
-    """The shards of one split: those of the manifest, as it describes them, or by their names where there is none."""
-    if not manifest["splits"]:
-        paths = sorted([*folder.glob(f"*_{split}_[0-9]*.bin"), *folder.glob(f"*_{split}.bin")])
-        if not paths:
-            raise Failure(f"{folder} has no shards named like fineweb_{split}_000001.bin")
-        return paths
-    paths = [folder / shard["file"] for shard in manifest["splits"][split]["shards"]]
-    for path, shard in zip(paths, manifest["splits"][split]["shards"]):
-        if not path.exists() or len(open_shard(path)) != shard["tokens"]:
-            raise Failure(f"{path} is missing or not the shard of {shard['tokens']} tokens that manifest.json names")
+    """The shards of one split: those of the manifest, or by their names where there is none."""
+    if manifest["splits"]:
+        return [folder / shard["file"] for shard in manifest["splits"][split]["shards"]]
+    paths = sorted([*folder.glob(f"*_{split}_[0-9]*.bin"), *folder.glob(f"*_{split}.bin")])
+    if not paths:
+        raise Failure(f"{folder} has no shards named like fineweb_{split}_000001.bin")
     return paths
 
 
@@ -188,13 +335,17 @@ class Dataset:
             if hashlib.sha256(text.encode()).hexdigest() != self.manifest["tokenizer"]["sha256"]:
                 raise Failure(f"{folder / 'tokenizer.tiktoken'} differs from its manifest; prepare it anew")
             self.encoding = read_tokenizer(text, self.manifest["tokenizer"]["name"])
-        self.train, self.val = (
-            Windows(shard_paths(folder, self.manifest, split), block_size, self.encoding.n_vocab)
-            for split in ("train", "val")
-        )
-        for split, windows in (("training", self.train), ("validation", self.val)):
-            if not len(windows):
-                raise Failure(f"{folder} has less than one window of {block_size + 1} {split} tokens; lower block_size")
+        self.train, self.val = (self.open_split(folder, split, block_size) for split in ("train", "val"))
+
+    def open_split(self, folder: Path, split: str, block_size: int) -> Windows:
+        windows = Windows(shard_paths(folder, self.manifest, split), block_size, self.encoding.n_vocab)
+        if self.manifest["splits"]:
+            for path, tokens, shard in zip(windows.paths, windows.shards, self.manifest["splits"][split]["shards"]):
+                if len(tokens) != shard["tokens"]:
+                    raise Failure(f"{path} holds {len(tokens)} tokens, but manifest.json says {shard['tokens']}")
+        if not len(windows):
+            raise Failure(f"{folder} has less than one window of {block_size + 1} {split} tokens; lower block_size")
+        return windows
 
     def fingerprint(self) -> str:
         """What tells this dataset from another: a hash of the manifest's hashes, or of the shards' names and sizes."""
@@ -211,21 +362,33 @@ class Dataset:
 # ---- tokenizers: byte-pair encodings kept as .tiktoken files, a line an entry: the bytes in base64 and their rank
 
 END_OF_TEXT = "<|endoftext|>"  # leads each document; text that merely contains these characters never becomes it
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+PATTERNS = {  # how text is split into the pieces that no merge crosses
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "gpt4": (
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
+        r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    ),
+}
 GPT2_RANKS = (
     "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken",
     "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-    2_000_000,
+    835_554,
 )
+
+
+def pattern_of(name: str) -> str:
+    """The split pattern of the tokenizer `name`: GPT-4's where it ends in :gpt4, otherwise GPT-2's."""
+    return PATTERNS["gpt4" if name.endswith(":gpt4") else "gpt2"]
 
 
 def bpe_size(name: str) -> int:
     """Return N for bpe:N, 0 for another tokenizer. Raises ValueError for a name that means nothing."""
-    if name.startswith("bpe:") and name[4:].isascii() and name[4:].isdigit():
-        if not 257 <= int(name[4:]) <= 1_000_000:
+    kind = name.removesuffix(":gpt4")
+    if kind.startswith("bpe:") and kind[4:].isascii() and kind[4:].isdigit():
+        if not 257 <= int(kind[4:]) <= 1_000_000:
             raise ValueError(f"tokenizer {name}: N counts 256 bytes, merges and end-of-text: from 257 to 1000000")
-        return int(name[4:])
-    if name not in ("gpt2", "bytes") and not name.endswith(".tiktoken"):
+        return int(kind[4:])
+    if name not in ("gpt2", "bytes") and not kind.endswith(".tiktoken"):
         raise ValueError(f"tokenizer {name!r} is none of gpt2, bytes, bpe:N, or a .tiktoken file")
     return 0
 
@@ -234,7 +397,7 @@ def make_tokenizer(tokens: list[bytes], name: str) -> tiktoken.Encoding:
     """An encoding whose ranks are the order of `tokens`, end-of-text last."""
     return tiktoken.Encoding(
         name,
-        pat_str=GPT2_PATTERN,
+        pat_str=pattern_of(name),
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
         special_tokens={END_OF_TEXT: len(tokens)},
     )
@@ -260,11 +423,35 @@ def write_tokenizer(encoding: tiktoken.Encoding) -> str:
 
 
 def load_tokenizer(name: str, data_dir: Path) -> tiktoken.Encoding:
-    """The tokenizer `name`: gpt2 (fetched into data_dir once), bytes, or the path of a .tiktoken file."""
+    """The tokenizer `name`: gpt2 (fetched once), bytes, or the path of a .tiktoken file. Raises Failure."""
     if name == "bytes":
         return make_tokenizer([bytes([byte]) for byte in range(256)], name)
-    path = fetch(data_dir / "gpt2.tiktoken", *GPT2_RANKS) if name == "gpt2" else Path(name).expanduser()
-    return read_tokenizer(path.read_text(encoding="ascii", errors="replace"), name)
+    path = gpt2_ranks(data_dir) if name == "gpt2" else Path(name.removesuffix(":gpt4")).expanduser()
+    try:
+        return read_tokenizer(path.read_text(encoding="ascii", errors="replace"), name)
+    except FileNotFoundError:
+        raise Failure(f"--tokenizer={name}: there is no file {path}") from None
+
+
+def gpt2_ranks(data_dir: Path) -> Path:
+    """The file of GPT-2's merges, from tiktoken's own cache where that has it."""
+    url, sha256, size = GPT2_RANKS
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cached, path = Path(cache, hashlib.sha1(url.encode()).hexdigest()), data_dir / "downloads" / "gpt2.tiktoken"
+    if not path.exists() and cached.exists() and hashlib.sha256(cached.read_bytes()).hexdigest() == sha256:
+        return cached
+    return fetch(path, url, sha256, size)
+
+
+STRETCH = 100_000  # characters; tiktoken's search gives up on a million of white space in a row
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The tokens of `text`, uint32; no characters in it become a special token."""
+    stretches = [text]
+    if any(text[start : start + STRETCH].isspace() for start in range(0, len(text) - STRETCH + 1, STRETCH)):
+        stretches = [text[start : start + STRETCH] for start in range(0, len(text), STRETCH)]
+    return np.concatenate([encoding.encode_to_numpy(stretch, disallowed_special=()) for stretch in stretches])
 
 
 def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
@@ -322,116 +509,867 @@ def merge_pair(piece: list[int], pair: tuple[int, int], rank: int, weight: int, 
         position += 1
 
 
-# ---- downloads
+# ---- downloads: a file gets its name when it is whole and checked; one that broke off goes on where it stopped
+
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 1.0, 60.0  # between attempts: doubled each time, or what Retry-After says
+OFFLINE_WAIT_SECONDS = 0.5  # the same while no server has answered, so that without a network one soon knows
+STALL_SECONDS = 30.0  # the longest wait for the next byte, and the time over which the rate is taken
+LEAST_RATE = 1000  # bytes per second; an attempt that is slower has failed
+MOST_BYTES = 10**10  # in a file whose length nobody states
+HASHED_BYTES = 10**8  # what is there already is hashed each time; from here on its size must do, where it is known
+MOST_PAGES, MOST_PAGE_BYTES = 100, 10**7  # of a listing
 
 
-def fetch(path: Path, url: str, sha256: str, most_bytes: int, deadline_seconds: float = 600) -> Path:
-    """Return `path`, downloaded from `url` if it isn't there; it appears only when whole and of the right SHA-256."""
-    if path.exists():
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            raise Failure(f"{path} has SHA-256 {found}, not {sha256}; delete it to download it anew")
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    started = time.monotonic()
-    try:
-        with os.fdopen(descriptor, "wb") as file, requests.get(url, stream=True, timeout=(10, 30)) as response:
-            response.raise_for_status()
-            total = int(response.headers.get("Content-Length", 0))
-            progress, digest = Progress(f"bytes of {path.name}", total), hashlib.sha256()
-            for chunk in response.iter_content(1 << 16):
-                file.write(chunk)
-                digest.update(chunk)
-                progress.update(file.tell())
-                if file.tell() > most_bytes or time.monotonic() - started > deadline_seconds:
-                    raise Failure(f"{url}: more than {most_bytes} bytes or {deadline_seconds} s", INPUT_OUTPUT)
-            progress.close()
-        if digest.hexdigest() != sha256:
-            raise Failure(f"{url} has SHA-256 {digest.hexdigest()}, not {sha256}: not the file we know", INPUT_OUTPUT)
-        os.chmod(partial, 0o644)  # mkstemp keeps its file from everyone else
-        os.replace(partial, path)
-    except requests.RequestException as error:
-        reason = f"could not download {url} ({type(error).__name__})"
-        raise Failure(f"{reason};\nwith no network, put that file at {path} and run this again", INPUT_OUTPUT) from None
-    finally:
-        Path(partial).unlink(missing_ok=True)
+@dataclass(eq=False)
+class Fault(Exception):
+    """Why an attempt failed."""
+
+    reason: str
+    wait_seconds: float = 0.0  # what the server asks for
+    reached: bool = True  # a server answered
+    final: bool = False  # the next attempt would end alike
+
+
+def fetch(path: Path, url: str, sha256: str = "", size: int = 0, deadline_seconds: float = 600) -> Path:
+    """Return `path`, downloaded from `url` if it isn't there; it appears only when whole and as it should be.
+
+    sha256, size: in hex and in bytes, "" and 0 where they aren't known. deadline_seconds: for all attempts together;
+    a later call goes on from there. Raises Failure.
+    """
+    if not path.exists():
+        partial, lock = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "lock"))
+        with locked(lock):
+            if not path.exists():  # another process may have brought it while this one waited
+                known = f" (SHA-256 {sha256})" if sha256 else ""
+                advice = f"run this again later, or first put that file at {path}{known} by other means"
+                persist(download, url, deadline_seconds, advice, partial, sha256, size)
+                os.replace(partial, path)
+                discard(partial)
+                with suppress(PermissionError):  # Windows keeps an open file
+                    lock.unlink(missing_ok=True)  # whoever waits for this one, or makes a new one, finds `path`
+                return path
+    hashed = path.stat().st_size < HASHED_BYTES or not size
+    if wrong := mismatch(path, sha256 if hashed else "", size):
+        raise Failure(f"{path} {wrong}; delete it to download it anew")
     return path
 
 
-# ---- texts: each source yields its documents, one string at a time, in an order that does not change
+def mismatch(path: Path, sha256: str, size: int) -> str:
+    """In which way `path` isn't the file that is wanted; "" where it is."""
+    found_size = path.stat().st_size
+    if size and found_size != size:
+        return f"has {found_size:,} bytes, not {size:,}"
+    if not sha256:
+        return ""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if found == sha256 else f"has SHA-256 {found}, not {sha256}"
 
-NAMED = {"stdlib": "bpe:4096", "shakespeare": "bytes"}  # the named datasets and their tokenizers
+
+def persist(attempt: Callable, url: str, deadline_seconds: float, advice: str, *more):
+    """Return attempt(session, url, deadline, *more), tried again after what may pass. Raises Failure with `advice`."""
+    deadline, reached = time.monotonic() + deadline_seconds, False
+    with requests.Session() as session:
+        session.max_redirects = 5
+        for number in range(1, ATTEMPTS + 1):
+            try:
+                return attempt(session, url, deadline, *more)
+            except Fault as fault:
+                reached = reached or fault.reached
+                most = MOST_WAIT_SECONDS if reached else OFFLINE_WAIT_SECONDS
+                wait = min(max(FIRST_WAIT_SECONDS * 2 ** (number - 1), fault.wait_seconds), most)
+                if fault.final or number == ATTEMPTS or time.monotonic() + wait > deadline:
+                    raise Failure(f"could not download {url}: {fault.reason};\n{advice}", INPUT_OUTPUT) from None
+            time.sleep(wait)
+
+
+@contextmanager
+def answer(session: requests.Session, url: str, deadline: float, headers: dict[str, str]) -> Iterator:
+    """The answer to a GET, its body yet to be read. What goes wrong on the way, or while it is read, raises Fault."""
+    headers = {"Accept-Encoding": "identity"} | headers  # so that the bytes that come are those of the file
+    if url.startswith(f"{hub_endpoint()}/") and (token := os.environ.get("HF_TOKEN", "").strip()):
+        headers["Authorization"] = f"Bearer {token}"  # requests drops it where a redirect leads elsewhere
+    left = max(deadline - time.monotonic(), 0.1)
+    timeout = min(10, left), min(STALL_SECONDS, left)  # to connect, and for each read
+    try:
+        with session.get(url, headers=headers, stream=True, timeout=timeout) as response:
+            check_status(response, "Range" in headers)
+            yield response
+    except requests.RequestException as error:
+        final = isinstance(error, (requests.TooManyRedirects, ValueError))  # a ValueError: not a URL, or not http
+        reached = not isinstance(error, requests.ConnectionError)
+        raise Fault(type(error).__name__, reached=reached, final=final) from None
+    except urllib3.exceptions.HTTPError as error:  # the body is cut, or stalls
+        raise Fault(type(error).__name__) from None
+
+
+def check_status(response: requests.Response, ranged: bool):
+    """Raise Fault unless the answer is 200, or 206 or 416 to a `ranged` request, and not compressed."""
+    status, encoding = response.status_code, response.headers.get("Content-Encoding", "identity")
+    if status != 200 and not (ranged and status in (206, 416)):
+        asked = response.headers.get("Retry-After", "") if status in (429, 503) else ""
+        passing = status in (408, 429) or status >= 500
+        raise Fault(f"the server answers {status}", float(asked) if asked.isdecimal() else 0.0, final=not passing)
+    if encoding.lower() != "identity":
+        raise Fault(f"it comes with the encoding {encoding!r}, which was not asked for", final=True)
+
+
+def body(response: requests.Response, deadline: float, most: int) -> Iterator[bytes]:
+    """The bytes of an answer as they come, and no more once over `most`. Raises Fault where they're slow or late."""
+    since, recent, count = time.monotonic(), 0, 0
+    while count <= most and (chunk := response.raw.read1(1 << 16, decode_content=False)):  # read1 waits for no more
+        yield chunk
+        now, recent, count = time.monotonic(), recent + len(chunk), count + len(chunk)
+        if now > deadline:
+            raise Fault("the time for it is over")
+        if now - since > STALL_SECONDS:
+            if recent < LEAST_RATE * (now - since):
+                raise Fault(f"fewer than {LEAST_RATE:,} bytes per second came")
+            since, recent = now, 0
+
+
+def download(session: requests.Session, url: str, deadline: float, partial: Path, sha256: str, size: int):
+    """One attempt to have the whole file in `partial`, from where the last one stopped if that fits. Raises Fault."""
+    start, validator = resume_point(partial, url)
+    headers = {"Range": f"bytes={start}-", "If-Range": validator} if start else {}
+    with answer(session, url, deadline, headers) as response:
+        length = response.raw.length_remaining or 0  # what Content-Length says
+        if not continues(response, start, start + length, validator) or size not in (0, start + length):
+            discard(partial)
+            if response.status_code != 200:
+                raise Fault("what had come of it is not a part of what the server has")
+            start, validator = 0, validator_of(response)
+        total = start + length if length else size
+        if size and total != size:
+            raise Fault(f"it has {total:,} bytes, not {size:,}", final=True)
+        if total - start > (free := shutil.disk_usage(partial.parent).free):
+            raise Failure(f"{partial.parent} has {free:,} bytes free, {url} needs {total - start:,}", INPUT_OUTPUT)
+        partial.with_suffix(".source").write_text(f"{url}\n{validator}", encoding="utf-8")
+        most = total or MOST_BYTES
+        append(partial, start, total, body(response, deadline, most - start))
+    if (found := partial.stat().st_size) < total:
+        raise Fault(f"it ended after {found:,} of {total:,} bytes")
+    if wrong := f"has more than {most:,} bytes" if found > most else mismatch(partial, sha256, size):
+        discard(partial)
+        raise Fault(f"it {wrong}", final=True)
+
+
+def append(partial: Path, start: int, total: int, chunks: Iterator[bytes]):
+    """Write `chunks` behind the `start` bytes that `partial` holds, to the disk."""
+    progress = Progress(f"{'more ' if start else ''}bytes of {partial.stem[1:]}", max(total - start, 0))
+    with closing(progress), open(partial, "ab") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            progress.update(file.tell() - start)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def resume_point(partial: Path, url: str) -> tuple[int, str]:
+    """The bytes of `url` that are there and the validator of their version; 0 and "" where they're of no use."""
+    with suppress(FileNotFoundError, ValueError):
+        source, validator = partial.with_suffix(".source").read_text(encoding="utf-8").split("\n")
+        if source == url and validator:
+            return partial.stat().st_size, validator
+    return 0, ""
+
+
+def validator_of(response: requests.Response) -> str:
+    """What tells this version of a file from others: a strong ETag, or when it was last changed; "" for neither."""
+    etag, modified = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+    validator = etag if etag.startswith('"') else modified
+    return validator if validator.isprintable() else ""
+
+
+def continues(response: requests.Response, start: int, total: int, validator: str) -> bool:
+    """Whether the answer is all the rest, from byte `start` on, of the version that has this validator."""
+    return (
+        response.status_code == 206
+        and response.headers.get("Content-Range") == f"bytes {start}-{total - 1}/{total}"
+        and validator_of(response) in ("", validator)  # for servers that don't know If-Range
+    )
+
+
+def discard(partial: Path):
+    partial.unlink(missing_ok=True)  # before its source: bytes never stand beside the validator of another version
+    partial.with_suffix(".source").unlink(missing_ok=True)
+
+
+class HubFile(NamedTuple):
+    """A file in a dataset repository of the Hugging Face hub."""
+
+    path: str  # in the repository
+    url: str
+    size: int  # bytes
+    sha256: str  # "" for a small file, of which the hub doesn't say it
+
+
+def hub_endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub_files(repo: str, revision: str, prefix: str) -> list[HubFile]:
+    """The files of a Hugging Face dataset repository whose path starts with `prefix`, sorted. Raises Failure."""
+    repo, revision, folder = quote(repo), quote(revision, safe=""), quote(prefix.rpartition("/")[0])
+    page = f"{hub_endpoint()}/api/datasets/{repo}/tree/{revision}/{folder}".rstrip("/") + "?recursive=true"
+    source = f"{hub_endpoint()}/datasets/{repo}/resolve/{revision}"
+    advice = f"that page lists the files of {repo}; run this again with a network"
+    files = []
+    for _ in range(MOST_PAGES):
+        found, page = persist(read_page, page, 60, advice, source, prefix)
+        files += found
+        if not page:
+            return sorted(files)
+    raise Failure(f"{repo} lists its files on more than {MOST_PAGES} pages; is the prefix too short?", INPUT_OUTPUT)
+
+
+def read_page(session: requests.Session, url: str, deadline: float, source: str, prefix: str) -> tuple:
+    """The list of HubFiles on one page of a listing, and the URL of the next page or "". Raises Fault."""
+    with answer(session, url, deadline, {}) as response:
+        text = b"".join(body(response, deadline, MOST_PAGE_BYTES))  # a page that is longer is cut, and so no JSON
+        following = response.links.get("next", {}).get("url", "")
+    files = []
+    try:
+        for item in json.loads(text):
+            if item["type"] == "file" and item["path"].startswith(prefix):
+                sha256 = item["lfs"]["oid"] if item.get("lfs") else ""
+                files.append(HubFile(item["path"], f"{source}/{quote(item['path'])}", int(item["size"]), sha256))
+    except Exception as error:  # of many types, for all that a page can hold instead of a listing
+        raise Fault(f"it is not a listing of files ({type(error).__name__})", final=True) from None
+    for file in files:
+        if re.search(r"^/|[\\:\x00-\x1f]|(^|/)\.\.(/|$)", file.path):
+            raise Fault(f"it names {file.path!r}, which leads out of a folder", final=True)
+    return files, following
+
+
+# ---- reading: each source yields its documents, and where each stands, in an order that does not change
+
+BLOCK_BYTES = 1 << 20  # read at once
+DOCUMENT_CHARACTERS = 4_000_000  # a longer text becomes several documents, so that memory stays bounded
+LINE_CHARACTERS = 64_000_000  # a longer line of JSON or CSV is broken
+STANDARD_INPUT = Path("-")
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+BYTE_ORDER_MARKS = {  # those of UTF-32 first, as UTF-16's begin like them
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def pyarrow(what: str):
+    """The library that reads parquet, and .zst on a Python that cannot."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise Failure(f"{what} needs pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def open_zst(file):
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        return pyarrow("a .zst file").CompressedInputStream(file, "zstd")
+    return zstd.open(file)
+
+
+OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": open_zst}
+
+
+@dataclass
+class Tally:
+    """Counts what was dropped, by reason, and keeps a few examples of each."""
+
+    documents: Counter = field(default_factory=Counter)
+    bytes: Counter = field(default_factory=Counter)
+    lines: Counter = field(default_factory=Counter)  # dropped from documents that stay
+    examples: dict[str, list] = field(default_factory=dict)  # by reason: where it stood, and how it begins
+
+    def drop(self, reason: str, where: str, text: str = ""):
+        self.documents[reason] += 1
+        self.bytes[reason] += len(text.encode())
+        self.show(reason, where, text[:300])
+
+    def show(self, reason: str, where: str, beginning: str):
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < 3:
+            examples.append((where, beginning))
+
+    def add(self, other: "Tally"):
+        self.documents += other.documents
+        self.bytes += other.bytes
+        self.lines += other.lines
+        for reason, examples in other.examples.items():
+            for example in examples:
+                self.show(reason, *example)
+
+
+class Reader:
+    """The documents of `sources`, in order, as (text, where it stands).
+
+    `tally` counts what is skipped; `done` of `total` bytes of the files are read. Raises Failure.
+    """
+
+    def __init__(self, settings: PrepareConfig, sources: str | list[Path]):
+        self.settings, self.tally, self.done = settings, Tally(), 0
+        self.named = set()  # files that were named themselves, not found in a folder
+        self.files = list(dict.fromkeys(self.find_files(sources) if isinstance(sources, str) else sources))
+        self.total = sum(path.stat().st_size for path in self.files if path != STANDARD_INPUT)
+
+    def problem(self, reason: str, message: str, code: int = config.BAD_INPUT):
+        """Something cannot be read: the end, or with --on_error=skip one more that is skipped."""
+        if self.settings.on_error == "stop":
+            raise Failure(f"{message}; --on_error=skip would go on without it", code)
+        self.tally.drop(reason, message)
+
+    def find_files(self, sources: str) -> Iterator[Path]:
+        """The files that `sources` names, each folder's in the order of their names."""
+        whole = Path(sources).expanduser()
+        for path in [whole] if whole.exists() else (Path(part).expanduser() for part in sources.split(",") if part):
+            found = [path] if path.exists() or path == STANDARD_INPUT else map(Path, sorted(glob.glob(str(path))))
+            files = [file for entry in found for file in (self.walk(entry) if entry.is_dir() else [entry])]
+            if not files:
+                links = self.tally.documents["symbolic link"]
+                hint = f" ({links} symbolic links were not followed; name them, as in '{path}/*')" if links else ""
+                raise Failure(f"--source={path}: there is no such file, or a folder without text{hint}")
+            if not path.is_dir():
+                self.named.update(files)
+            yield from files
+
+    def walk(self, folder: Path) -> Iterator[Path]:
+        """The files below `folder`; no hidden ones, and none behind links, which lead anywhere or in a circle."""
+
+        def unreadable(error: OSError):
+            self.problem("unreadable", f"{error.filename}: {error.strerror}", INPUT_OUTPUT)
+
+        for parent, folders, names in os.walk(folder, onerror=unreadable):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for path in (Path(parent, name) for name in sorted(folders + names) if not name.startswith(".")):
+                if path.is_symlink():
+                    self.tally.drop("symbolic link", str(path))
+                elif path.is_file():
+                    yield path
+
+    def kind(self, path: Path) -> str:
+        """How to read a file: as the settings say, or by its suffix under that of its compression."""
+        suffix = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+        return self.settings.format or SUFFIXES.get(suffix.lower(), "text")
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for path in self.files:
+            before = self.done
+            try:
+                yield from self.read_file(path)
+            except (EOFError, lzma.LZMAError, zlib.error) as error:
+                self.problem("damaged file", f"{path} is cut or damaged: {error}")
+            except OSError as error:
+                if error.errno:  # the system's; a decompressor's have none
+                    self.problem("unreadable", f"{path}: {error.strerror}", INPUT_OUTPUT)
+                else:
+                    self.problem("damaged file", f"{path} is cut or damaged: {error}")
+            self.done = before + (0 if path == STANDARD_INPUT else path.stat().st_size)
+
+    def read_file(self, path: Path) -> Iterator[tuple[str, str]]:
+        if self.kind(path) == "parquet":
+            yield from self.read_parquet(path)
+            return
+        with sys.stdin.buffer if path == STANDARD_INPUT else open(path, "rb") as file:
+            with OPENERS.get(path.suffix, lambda file: file)(file) as stream:
+                blocks = self.decode(stream, file, path)
+                if self.kind(path) == "jsonl":
+                    yield from self.read_json_lines(lines_of(blocks, path), path)
+                elif self.kind(path) == "csv":
+                    yield from self.read_csv(lines_of(blocks, path), path)
+                elif self.settings.separator:
+                    parted = groupby(lines_of(blocks, path), lambda line: line.strip() == self.settings.separator)
+                    texts = (text for is_separator, lines in parted if not is_separator for text in in_pieces(lines))
+                    yield from ((text, str(path)) for text in texts)
+                else:
+                    yield from ((text, str(path)) for text in in_pieces(blocks))
+
+    def decode(self, stream, file, path: Path) -> Iterator[str]:
+        """The text of `stream` by blocks, in the encoding that its byte-order mark states, or UTF-8."""
+        block, before, read = stream.read(BLOCK_BYTES), self.done, 0
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if block.startswith(mark)), "utf-8")
+        if encoding.startswith("utf-8") and b"\0" in block[:4096]:
+            if path in self.named:
+                raise Failure(f"{path} is binary, not text: it has NUL bytes at its beginning")
+            self.tally.drop("binary", str(path))
+            return
+        errors = "strict" if self.settings.invalid_bytes == "refuse" else "replace"
+        decoder = codecs.getincrementaldecoder(encoding)(errors)
+        while True:
+            held = len(decoder.getstate()[0])  # of a character that the block before began
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                where = f"{path} is not {encoding} text: {error.reason} at byte {read - held + error.start}"
+                raise Failure(f"{where}; --invalid_bytes=replace puts U+FFFD there") from None
+            if path != STANDARD_INPUT:
+                self.done = before + file.tell()
+            yield text
+            if not block:
+                return
+            read += len(block)
+            block = stream.read(BLOCK_BYTES)
+
+    def read_json_lines(self, lines: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                self.problem("broken line", f"{path}:{number}: not JSON: {error}")
+                continue
+            if not isinstance(record, dict):
+                record = {}
+            yield from self.take_text(record.get(self.settings.text_field), list(record), f"{path}:{number}")
+
+    def read_csv(self, lines: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
+        csv.field_size_limit(LINE_CHARACTERS)
+        rows = csv.DictReader(lines, strict=True)
+        while True:
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                self.problem("broken line", f"{path}:{rows.line_num}: not CSV: {error}")
+                continue
+            if row is None:
+                return
+            yield from self.take_text(row.get(self.settings.text_field), list(row), f"{path}:{rows.line_num}")
+
+    def read_parquet(self, path: Path) -> Iterator[tuple[str, str]]:
+        arrow, column = pyarrow("parquet"), self.settings.text_field
+        try:
+            with arrow.parquet.ParquetFile(path) as file:
+                if column not in file.schema_arrow.names:
+                    yield from self.take_text(None, file.schema_arrow.names, str(path))
+                    return
+                number, before = 0, self.done
+                for batch in file.iter_batches(batch_size=256, columns=[column]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        yield from self.take_text(value, [column], f"{path}:{number}")
+                    self.done = before + path.stat().st_size * number // file.metadata.num_rows
+        except arrow.ArrowInvalid as error:
+            raise EOFError(error) from None
+
+    def take_text(self, value, fields: list[str], where: str) -> Iterator[tuple[str, str]]:
+        """The text in a row, as documents. JSON can name half a character, which Unicode cannot: it becomes `?`."""
+        if isinstance(value, str):
+            yield from ((text, where) for text in in_pieces([value.encode(errors="replace").decode()]))
+        else:
+            names = ", ".join(map(str, fields)) or "none"
+            message = f"{where}: no text in field {self.settings.text_field!r}; its fields: {names} (--text_field)"
+            self.problem("missing field", message)
+
+
+def lines_of(blocks: Iterable[str], path: Path) -> Iterator[str]:
+    """Text by blocks as lines with their ends. Raises EOFError where one is too long to be a row."""
+    rest = ""
+    for block in blocks:
+        *lines, rest = (rest + block).split("\n")
+        yield from (line + "\n" for line in lines)
+        if len(rest) > LINE_CHARACTERS:
+            raise EOFError(f"a line of more than {LINE_CHARACTERS:,} characters")
+    if rest:
+        yield rest
+
+
+def in_pieces(stretches: Iterable[str]) -> Iterator[str]:
+    """The text that `stretches` make up, in documents of DOCUMENT_CHARACTERS at most, cut at white space."""
+    held = ""
+    for stretch in stretches:
+        held += stretch
+        while len(held) > DOCUMENT_CHARACTERS:
+            space = max(held.rfind(white, DOCUMENT_CHARACTERS // 2, DOCUMENT_CHARACTERS) for white in "\n ")
+            end = space + 1 or DOCUMENT_CHARACTERS
+            yield held[:end]
+            held = held[end:]
+    yield held
+
+
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    2_000_000,
+    1_115_394,
 )
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def read_documents(settings: PrepareConfig) -> Iterator[str]:
-    if settings.source:
-        yield from source_documents(Path(settings.source).expanduser(), settings.text_field)
-    elif settings.name == "stdlib":
-        yield from stdlib_documents()
-    else:
-        path = fetch(Path(settings.data_dir) / "tinyshakespeare.txt", *SHAKESPEARE)
-        yield path.read_text(encoding="utf-8")
+def open_source(settings: PrepareConfig) -> Reader:
+    """A reader of what the settings name; a dataset from elsewhere is downloaded first."""
+    downloads, named = Path(settings.data_dir) / "downloads", NAMED.get(settings.name)
+    if settings.name == "shakespeare":
+        return Reader(settings, [fetch(downloads / "tinyshakespeare.txt", *SHAKESPEARE)])
+    if settings.name == "stdlib":
+        return Reader(settings, stdlib_files())
+    return Reader(settings, download_all(named, downloads / settings.name) if named else settings.source)
 
 
-def stdlib_documents() -> Iterator[str]:
+def stdlib_files() -> list[Path]:
     """The modules of the running Python's standard library, tests left out: 12 MB of real text on every machine."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     modules = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
     if not modules:
         raise Failure(f"{root} holds no .py files: this Python keeps its library zipped; use another, or --source=PATH")
-    for path in modules:
-        with tokenize.open(path) as file:  # in the encoding that the module states
-            yield file.read()
+    return modules
 
 
-def source_documents(source: Path, text_field: str) -> Iterator[str]:
-    """A document a file, and in .jsonl a document a line. Raises Failure where text cannot be had."""
-    if not source.exists():
-        raise Failure(f"--source={source}: there is no such file or folder")
-    files = (
-        [source] if source.is_file() else sorted(p for p in source.rglob("*") if kind_of(p) in SUFFIXES and p.is_file())
-    )
-    if not files:
-        raise Failure(f"--source={source} holds none of {', '.join(SUFFIXES)} (also .gz, .xz)")
-    for path in files:
-        try:
-            with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
-                if kind_of(path) != ".jsonl":
-                    yield file.read()
-                    continue
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield read_json_line(line, text_field, f"{path}:{number}")
-        except UnicodeDecodeError as error:
-            raise Failure(f"{path} is not UTF-8 text: {error.reason} near byte {error.start} of a read") from None
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-            raise Failure(f"{path} is cut or damaged: {error}") from None
+def download_all(named: Named, folder: Path) -> list[Path]:
+    """The files of a dataset on the Hugging Face Hub, in `folder`, all of them whole. Raises Failure."""
+    files = hub_files(named.repository, named.revision, named.prefix)
+    missing = [file for file in files if not (folder / Path(file.path).name).exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    need, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
+    if need > free:
+        raise Failure(f"{folder} needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB of the disk are free", INPUT_OUTPUT)
+    for number, file in enumerate(files, 1):
+        print(f"{file.path}, {number} of {len(files)}, {file.size / 1e6:,.0f} MB", flush=True)
+        fetch(folder / Path(file.path).name, file.url, file.sha256, file.size, deadline_seconds=24 * 3600)
+    return [folder / Path(file.path).name for file in files]
 
 
-def kind_of(path: Path) -> str:
-    """The suffix that says how to read a file, under that of its compression."""
-    return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+# ---- words and their n-grams as hashes, for whatever looks for repetition
+
+WORD_BYTES = bytes(byte if byte >= 128 or chr(byte).isalnum() else ord(" ") for byte in range(256))
 
 
-def read_json_line(line: str, text_field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise Failure(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        names = ", ".join(record) if isinstance(record, dict) else "none"
-        raise Failure(f"{where}: no text in field {text_field!r}; its fields: {names} (--text_field)")
-    return record[text_field].encode(errors="replace").decode()  # JSON can name half a character; Unicode can't
+def mix(hashes: np.ndarray) -> np.ndarray:
+    """Each uint64 as one that looks random: the finaliser of splitmix64, Steele et al. 2014."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+PAIR_HASHES = mix(np.arange(1, 2**16 + 1, dtype=np.uint64))  # a random number for each pair of bytes
+PAIR_HASHES[ord(" ") << 8 : (ord(" ") + 1) << 8] = 0  # none for what stands between words
+
+
+def hash_words(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the words of `text` as hashes, uint64 (words,), and their sizes in bytes, int64 (words,).
+
+    A word is a run of letters and digits in lower case, or one Chinese or Japanese character; its hash is the sum of
+    those of its pairs of neighbouring bytes.
+    """
+    data = np.frombuffer(b" " + text.lower().encode().translate(WORD_BYTES) + b" ", dtype=np.uint8)
+    inside = data != ord(" ")
+    starts = inside[1:] & (~inside[:-1] | ((data[1:] >= 0xE3) & (data[1:] <= 0xE9)))  # what such characters begin with
+    ends = np.flatnonzero(inside[:-1] & (~inside[1:] | starts))
+    starts = np.flatnonzero(starts) + 1
+    if not len(starts):
+        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
+    pairs = data[:-1].astype(np.uint16) << 8 | data[1:]
+    return np.add.reduceat(PAIR_HASHES[pairs], starts), ends - starts + 1
+
+
+def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
+    """Every n words in a row as one hash, uint64 (words - n + 1,); none where there are fewer than n."""
+    count = max(0, len(words) - n + 1)
+    ngrams = np.zeros(count, dtype=np.uint64)
+    for word in range(n):
+        ngrams = ngrams * np.uint64(0x9E3779B97F4A7C15) + words[word : word + count]
+    return mix(ngrams)
+
+
+STOP_WORDS = hash_words("the be to of and that have with")[0]
+
+
+class HashSet:
+    """A set of hashes that finds its members in an array, faster than np.isin where few are."""
+
+    def __init__(self, hashes: np.ndarray):
+        self.hashes = np.unique(hashes)
+        bits = max(8, (16 * len(self.hashes)).bit_length())
+        self.shift = np.uint64(64 - bits)
+        self.maybe = np.zeros(1 << bits, dtype=bool)
+        self.maybe[self.hashes >> self.shift] = True
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """The places in `hashes` that hold a member."""
+        places = np.flatnonzero(self.maybe[hashes >> self.shift])
+        if not len(places):
+            return places
+        nearest = np.searchsorted(self.hashes, hashes[places]).clip(max=len(self.hashes) - 1)
+        return places[self.hashes[nearest] == hashes[places]]
+
+
+# ---- cleaning: `basic` mends text; `web` also drops what published rules take for no running text
+# Gopher: Rae et al. 2021, appendix A.1.1. C4: Raffel et al. 2020, section 2.2.
+
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")  # all but tab and line end, and byte-order marks
+BULLETS = ("•", "‣", "◦", "▪", "●", "-", "*")
+ELLIPSES = ("...", "…")
+LETTERS = np.array([byte >= 128 or chr(byte).isalpha() for byte in range(256)])  # beyond ASCII all count as letters
+BOILERPLATE = (  # C4's words and phrases, in lower case
+    "javascript",
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "uses cookies",
+    "use of cookies",
+    "use cookies",
+)
+SENTENCE_ENDS = (".", "!", "?", '"', "”")
+SENTENCE_END = re.compile("[.!?][\"”')]*(?=\\s|$)")
+
+
+def mend(text: str) -> str:
+    """Text in Unicode's composed form (NFC), its lines ended by one line feed, without control characters."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return CONTROL_CHARACTERS.sub("", text)
+
+
+def drop_lines(text: str, settings: PrepareConfig, tally: Tally) -> str:
+    """Text without the lines that C4 drops from a page that stays."""
+    if settings.drop_unfinished_lines:
+        text = keep_lines(text, "unfinished line", is_finished, tally)
+    if is_boilerplate(text):  # somewhere
+        text = keep_lines(text, "boilerplate line", lambda line: not is_boilerplate(line), tally)
+    return text
+
+
+def is_boilerplate(text: str) -> bool:
+    """C4: mentions JavaScript or a policy of the site."""
+    lowered = text.lower()
+    return any(phrase in lowered for phrase in BOILERPLATE)
+
+
+def keep_lines(text: str, reason: str, is_kept: Callable[[str], bool], tally: Tally) -> str:
+    lines = text.split("\n")
+    kept = [line for line in lines if not line.strip() or is_kept(line)]
+    tally.lines[reason] += len(lines) - len(kept)
+    return "\n".join(kept)
+
+
+def is_finished(line: str) -> bool:
+    """C4: a line ends in terminal punctuation and has at least five words."""
+    return line.rstrip().endswith(SENTENCE_ENDS) and len(line.split()) >= 5
+
+
+class Page:
+    """A document as the rules look at it. Its lines and paragraphs are stripped, its words parted by white space."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.lines = [line for line in map(str.strip, text.split("\n")) if line]
+        self.paragraphs = [part for part in map(str.strip, re.split(r"\n\s*\n", text)) if part]
+        data = np.frombuffer(b" " + text.encode(), dtype=np.uint8)
+        white = data <= ord(" ")
+        starts = np.flatnonzero(white[:-1] & ~white[1:]) + 1
+        self.words = len(starts)
+        self.word_characters = np.count_nonzero(~white & (data & 0xC0 != 0x80))  # UTF-8 continues a character so
+        self.lettered_words = np.count_nonzero(np.maximum.reduceat(LETTERS[data], starts)) if self.words else 0
+        self.hashes, self.sizes = hash_words(text)  # of its letters and digits alone
+
+
+def word_count(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: 50 to 100,000 words."""
+    return page.words < settings.min_words or 0 < settings.max_words < page.words
+
+
+def word_length(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: a mean of 3 to 10 characters a word."""
+    mean = page.word_characters / max(page.words, 1)
+    return not settings.min_word_length <= mean <= settings.max_word_length
+
+
+def symbols(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: at most 0.1 hash signs or ellipses a word, each counted for itself."""
+    ellipses = sum(map(page.text.count, ELLIPSES))
+    return max(page.text.count("#"), ellipses) > settings.max_symbols * page.words
+
+
+def bullet_lines(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: at most 90% of the lines start with a bullet."""
+    return sum(line.startswith(BULLETS) for line in page.lines) > settings.max_bullet_lines * len(page.lines)
+
+
+def ellipsis_lines(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: at most 30% of the lines end with an ellipsis."""
+    return sum(line.endswith(ELLIPSES) for line in page.lines) > settings.max_ellipsis_lines * len(page.lines)
+
+
+def words_without_letters(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: at least 80% of the words hold a letter."""
+    return page.lettered_words < settings.min_alphabetic_words * page.words
+
+
+def stop_words(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: at least two of the, be, to, of, and, that, have, with occur."""
+    return sum(bool(np.any(page.hashes == word)) for word in STOP_WORDS) < settings.min_stop_words
+
+
+def repeated_lines(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: at most 30% of the lines, and 20% of what they hold, stood before; the same for paragraphs."""
+    for parts in (page.lines, page.paragraphs):
+        counts = Counter(parts)
+        repeated = sum(len(part) * (count - 1) for part, count in counts.items())
+        if len(parts) - len(counts) > settings.max_repeated_lines * len(parts):
+            return True
+        if repeated > settings.max_repeated_line_characters * sum(map(len, parts)):
+            return True
+    return False
+
+
+def top_ngrams(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: the commonest 2, 3 or 4 words in a row make up at most 20%, 18% or 16% of the text."""
+    for n in (2, 3, 4):
+        ngrams = hash_ngrams(page.hashes, n)
+        values, counts = np.unique(ngrams, return_counts=True)
+        if len(values):
+            first = np.argmax(ngrams == values[np.argmax(counts)])
+            share = counts.max() * page.sizes[first : first + n].sum() / page.sizes.sum()
+            if share > settings.max_top_ngram - 0.02 * (n - 2):
+                return True
+    return False
+
+
+def repeated_ngrams(page: Page, settings: PrepareConfig) -> bool:
+    """Gopher: at most 15% of the text is 5 words in a row that stood before, falling to 10% for 10 words."""
+    for n in range(5, 11):
+        ngrams = hash_ngrams(page.hashes, n)
+        in_order = np.sort(ngrams)
+        places = HashSet(in_order[1:][in_order[1:] == in_order[:-1]]).find(ngrams)
+        first = np.unique(ngrams[places], return_index=True)[1]
+        again = np.zeros(len(page.hashes), dtype=bool)
+        again[np.delete(places, first)[:, None] + np.arange(n)] = True
+        share = page.sizes[again].sum() / max(page.sizes.sum(), 1)
+        if share > settings.max_repeated_ngrams - 0.01 * (n - 5):
+            return True
+        if share <= settings.max_repeated_ngrams - 0.05:
+            return False  # what repeats more words in a row is among this
+    return False
+
+
+def sentences(page: Page, settings: PrepareConfig) -> bool:
+    """C4: at least three sentences."""
+    ends = islice(SENTENCE_END.finditer(page.text), settings.min_sentences)
+    return len(list(ends)) < settings.min_sentences
+
+
+def curly_brackets(page: Page, settings: PrepareConfig) -> bool:
+    """C4: no curly bracket."""
+    return settings.drop_curly_brackets and "{" in page.text
+
+
+def lorem_ipsum(page: Page, settings: PrepareConfig) -> bool:
+    """C4: no placeholder text."""
+    return "lorem ipsum" in page.text.lower()
+
+
+RULES = (
+    word_count,
+    word_length,
+    symbols,
+    bullet_lines,
+    ellipsis_lines,
+    words_without_letters,
+    stop_words,
+    sentences,
+    curly_brackets,
+    lorem_ipsum,
+    repeated_lines,
+    top_ngrams,
+    repeated_ngrams,
+)
+
+
+def clean(text: str, settings: PrepareConfig, tally: Tally) -> tuple[str, str, np.ndarray | None]:
+    """Return the text as it is kept, why it is to be dropped instead or "", and its words' hashes where known."""
+    if settings.clean != "none":
+        text = mend(text)
+    if settings.clean == "web":
+        text = drop_lines(text, settings, tally)
+    if not text or text.isspace():
+        return text, "empty", None
+    if settings.clean != "web":
+        return text, "", None
+    page = Page(text)
+    return text, next((f"web: {rule.__name__}" for rule in RULES if rule(page, settings)), ""), page.hashes
+
+
+# ---- deduplication: exact by hash, near by MinHash (Broder 1997) and locality-sensitive hashing (Lee et al. 2022)
+
+
+def chance_of_finding(similarity: float, signature_bytes: int, bands: int) -> float:
+    """The chance that two documents of some Jaccard similarity agree in all rows of at least one band."""
+    return 1 - (1 - similarity ** (signature_bytes // bands)) ** bands
+
+
+def sign(words: np.ndarray, size: int) -> np.ndarray:
+    """A document's signature, uint8 (size,): two agree in about the share of 5-grams of words that they share.
+
+    words: hashes of its words. One permutation hashing with optimal densification (Li et al. 2012, Shrivastava 2017):
+    5-grams are dealt into `size` bins, each bin keeps its least hash, and an empty bin takes another's. Of each hash
+    one byte is kept (b-bit minwise hashing, Li and König 2010).
+    """
+    ngrams = hash_ngrams(words, max(1, min(5, len(words))))
+    least = np.full(size, 2**64 - 1, dtype=np.uint64)
+    np.minimum.at(least, ((ngrams >> np.uint64(32)) * np.uint64(size) >> np.uint64(32)).astype(np.int64), ngrams)
+    empty, filled, attempt = np.flatnonzero(least == 2**64 - 1), least < 2**64 - 1, 0
+    while len(empty) and filled.any():
+        donors = donor_bins(size, attempt)[:, empty]  # (attempts, empty bins): the same for every document
+        found = filled[donors].argmax(axis=0)
+        donor = donors[found, np.arange(len(empty))]
+        least[empty] = np.where(filled[donor], least[donor], least[empty])
+        empty, attempt = empty[~filled[donor]], attempt + 1
+    return least.astype(np.uint8)
+
+
+@lru_cache
+def donor_bins(size: int, attempt: int) -> np.ndarray:
+    """Which bins an empty one asks, int64 (64, size)."""
+    numbers = np.arange(64 * size, dtype=np.uint64) + np.uint64(64 * size * attempt)
+    return (mix(numbers) % np.uint64(size)).astype(np.int64).reshape(64, size)
+
+
+def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Estimated Jaccard similarity of documents with these signatures, (..., size) each."""
+    agree = (first == second).mean(axis=-1)
+    return (agree - 1 / 256) / (1 - 1 / 256)  # bytes agree by chance, too
+
+
+def find_exact(digests: np.ndarray) -> np.ndarray:
+    """For each document the first one with the same digest, its own number where it is that one."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def find_near(signatures: np.ndarray, bands: int, threshold: float) -> np.ndarray:
+    """For each document the earlier one that it nearly repeats, its own number where it stays.
+
+    Each document that goes is similar to one that stays. In each band those with the same bytes are compared, each
+    with the next eight. Memory beside the signatures: about 40 bytes a document.
+    """
+    originals, pairs = np.arange(len(signatures)), []
+    progress = Progress("bands compared", bands)
+    for number, band in enumerate(np.split(signatures, bands, axis=1), 1):
+        keys = np.zeros(len(band), dtype=np.uint64)
+        for column in band.T:
+            keys = mix(keys * np.uint64(256) + column)
+        order = np.argsort(keys, kind="stable")
+        for distance in range(1, 9):
+            same = np.flatnonzero(keys[order[:-distance]] == keys[order[distance:]])
+            for some in np.array_split(same, len(same) // 100_000 + 1):
+                first, second = order[some], order[some + distance]
+                alike = similarity(signatures[first], signatures[second]) >= threshold
+                pairs.append(np.stack([second[alike], first[alike]], axis=1))
+            if not len(same):
+                break
+        progress.update(number)
+    progress.close()
+    for second, first in np.unique(np.concatenate(pairs), axis=0):
+        original = originals[first]
+        if originals[second] == second and (
+            original == first or similarity(signatures[original], signatures[second]) >= threshold
+        ):
+            originals[second] = original
+    return originals
 
 
 # ---- the way from documents to a dataset
@@ -463,143 +1401,524 @@ class Progress:
             print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)
 
 
-def split_document(text: str, val_fraction: float, cut: bool) -> list[tuple[str, str]]:
-    """Return (split, text) pairs: the document goes whole to one side, by its own hash, so that adding documents never
-    moves another one; with `cut` its end goes to validation instead."""
-    if cut:
-        end = round(len(text) * (1 - val_fraction))
-        return [("train", text[:end]), ("val", text[end:])]
-    hashed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    return [("val" if hashed < val_fraction else "train", text)]
+class Workers:
+    """Processes that each do a part of a long task. They start with the second part: small data needs none."""
+
+    def __init__(self, processes: int):
+        self.processes = processes
+        ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which then ends them
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(processes, context, initializer=signal.signal, initargs=ignore_interrupt)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable, parts: Iterable) -> Iterator:
+        """Yield function(part) for each part, in the order of the parts, with few of them in memory at once."""
+        parts = iter(parts)
+        first = list(islice(parts, 2))
+        if len(first) < 2 or self.processes == 1:
+            yield from map(function, chain(first, parts))
+            return
+        waiting = deque()
+        try:
+            for part in chain(first, parts):
+                waiting.append(self.pool.submit(function, part))
+                if len(waiting) > 2 * self.processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise Failure("a process was killed, for want of memory? try fewer --processes", INPUT_OUTPUT) from None
+
+
+PART_CHARACTERS = 1_000_000  # of text that a worker takes at once
+CONTAMINATION_WORDS = 13  # in a row, as GPT-3 had it (Brown et al. 2020, appendix C)
+SPLITS = ("train", "val")
+DOCUMENT = np.dtype(
+    [
+        ("bytes", np.int64),  # of its text
+        ("is_val", np.bool_),
+        ("digest", "S16"),  # the same where two documents differ in case and white space at most
+    ]
+)
 
 
 @dataclass
-class Survey:
-    """What one reading of all documents finds."""
+class Corpus:
+    """The documents that cleaning left, and a tally of those that it did not."""
 
-    cut: bool  # no whole document could be spared for one of the splits, so each is cut
-    empty: int  # documents with nothing but white space
-    documents: dict[str, int]  # by split
-    text_bytes: dict[str, int]  # by split
-    pieces: Counter  # of the training text, for the training of a tokenizer
+    texts: Path  # a file of their texts in UTF-8, one behind the other
+    documents: np.ndarray  # of DOCUMENT, 25 bytes each
+    signatures: np.ndarray  # uint8 (documents, near_signature); (documents, 0) where none are wanted
+    tally: Tally
 
-
-def survey_documents(settings: PrepareConfig) -> Survey:
-    """Read all documents once, twice where they must be cut. Raises Failure where that leaves a split without text."""
-    split_pattern, wants_pieces = regex.compile(GPT2_PATTERN), bpe_size(settings.tokenizer) > 0
-    for cut in (False, True):
-        survey = Survey(cut, 0, {"train": 0, "val": 0}, {"train": 0, "val": 0}, Counter())
-        progress = Progress("bytes read", 0)
-        for document in read_documents(settings):
-            if not document.strip():
-                survey.empty += 1
-                continue
-            for split, text in split_document(document, settings.val_fraction, cut):
-                survey.documents[split] += 1
-                survey.text_bytes[split] += len(text.encode())
-                if wants_pieces and split == "train":
-                    survey.pieces.update(split_pattern.findall(text))
-            progress.update(sum(survey.text_bytes.values()))
-        progress.close()
-        if all(survey.text_bytes.values()):
-            return survey
-    raise Failure(f"{settings.source or settings.name}: too little text for a training and a validation split")
+    def spans(self) -> np.ndarray:
+        """Where the documents stand, int64 (documents, 3): 1 for validation, first byte, end."""
+        ends = np.cumsum(self.documents["bytes"])
+        return np.stack([self.documents["is_val"], ends - self.documents["bytes"], ends], axis=1)
 
 
-def write_shards(settings: PrepareConfig, survey: Survey, encoding: tiktoken.Encoding, folder: Path) -> dict:
-    """Tokenise every document into shards in `folder`; return the facts of each split for the manifest."""
-    dtype = np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
-    writers = {
-        split: ShardWriter(folder, f"{settings.name}_{split}", settings.shard_tokens, dtype)
-        for split in ("train", "val")
-    }
-    progress, done, val_text = Progress("bytes tokenised", sum(survey.text_bytes.values())), 0, []
-    keep_val_text = survey.text_bytes["val"] <= 16_000_000  # more takes lzma too long
-    parts = (
-        part
-        for document in read_documents(settings)
-        if document.strip()
-        for part in split_document(document, settings.val_fraction, survey.cut)
-    )
-    while batch := list(islice(parts, 256)):  # enough for every core, few enough to hold
-        tokens = encoding.encode_ordinary_batch([text for _, text in batch], num_threads=os.cpu_count())
-        for (split, text), document_tokens in zip(batch, tokens):
-            writers[split].add([encoding.eot_token] + document_tokens)
-            done += len(text.encode())
-            if split == "val" and keep_val_text:
-                val_text.append(text)
+def read_texts(path: Path, spans: np.ndarray) -> Iterator[str]:
+    with open(path, "rb") as file:
+        for _, start, end in spans:
+            file.seek(start)
+            yield file.read(end - start).decode()
+
+
+def clean_part(settings: PrepareConfig, forbidden: Path | None, part: list[tuple[str, str]]) -> tuple:
+    """Clean documents, given with where each stands; return the texts, documents, signatures and tally for a Corpus.
+
+    forbidden: a file with the hashes of n-grams that no training document may hold.
+    """
+    tally, texts, documents, signatures = Tally(), [], [], []
+    for original, where in part:
+        tally.bytes["in"] += len(original.encode())
+        text, reason, words = clean(original, settings, tally)
+        data = text.encode()
+        is_val = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64 < settings.val_fraction
+        if words is None and (settings.dedupe == "near" or forbidden):
+            words, _ = hash_words(text)
+        if not reason and forbidden and not is_val:
+            shared = load_hashes(forbidden).find(hash_ngrams(words, CONTAMINATION_WORDS))
+            reason = "contaminated" if len(shared) else ""
+        if reason:
+            tally.drop(reason, where, original)
+            continue
+        squeezed = text.lower().encode().translate(None, b" \t\n\r\x0b\x0c")
+        digest = hashlib.sha256(squeezed).digest()[:16]
+        texts.append(data)
+        documents.append((len(data), is_val, digest))
+        if settings.dedupe == "near":
+            signatures.append(sign(words if len(words) else np.frombuffer(digest, np.uint64), settings.near_signature))
+    width = settings.near_signature if settings.dedupe == "near" else 0
+    signatures = np.array(signatures, dtype=np.uint8).reshape(len(texts), width)
+    return b"".join(texts), np.array(documents, dtype=DOCUMENT), signatures, tally
+
+
+@lru_cache(maxsize=2)
+def load_hashes(path: Path) -> HashSet:
+    """A set that `save_hashes` left for the workers."""
+    return HashSet(np.load(path))
+
+
+def save_hashes(hashes: np.ndarray, folder: Path) -> Path:
+    """Write hashes into a file whose name tells its content, so that a worker may remember it."""
+    path = folder / f"{hashlib.sha256(hashes.tobytes()).hexdigest()[:16]}.npy"
+    np.save(path, hashes)
+    return path
+
+
+def forbidden_ngrams(settings: PrepareConfig, folder: Path) -> Path | None:
+    """A file of the n-grams in the texts that --decontaminate names; None where it names none."""
+    if not settings.decontaminate:
+        return None
+    texts = (hash_words(text)[0] for text, _ in Reader(settings, settings.decontaminate))
+    ngrams = [hash_ngrams(words, CONTAMINATION_WORDS) for words in texts]
+    if not sum(map(len, ngrams)):
+        raise Failure(f"--decontaminate={settings.decontaminate}: no text of {CONTAMINATION_WORDS} words or more")
+    return save_hashes(np.unique(np.concatenate(ngrams)), folder)
+
+
+def parts_of(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Documents in lists of about PART_CHARACTERS."""
+    part, characters = [], 0
+    for document in documents:
+        part.append(document)
+        characters += len(document[0])
+        if characters >= PART_CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
+
+
+def collect(settings: PrepareConfig, workers: Workers, work: Path) -> Corpus:
+    """Read and clean all documents. Raises Failure."""
+    reader = open_source(settings)
+    progress = Progress("bytes read", reader.total)
+    clean_one = partial(clean_part, settings, forbidden_ngrams(settings, work))
+    corpus = Corpus(work / "texts", np.zeros(0, dtype=DOCUMENT), np.zeros(0, dtype=np.uint8), Tally())
+    documents, signatures = [corpus.documents], []
+    with open(corpus.texts, "wb") as file:
+        for texts, some, signed, tally in workers.map(clean_one, parts_of(reader)):
+            file.write(texts)
+            documents.append(some)
+            signatures.append(signed)
+            corpus.tally.add(tally)
+            progress.update(reader.done)
+    progress.close()
+    corpus.tally.add(reader.tally)
+    corpus.documents = np.concatenate(documents)
+    corpus.signatures = np.concatenate(signatures) if signatures else corpus.signatures
+    if not len(corpus.documents):
+        raise Failure(f"{settings.source or settings.name}: no text is left: {dict(corpus.tally.documents)}")
+    return corpus
+
+
+def deduplicate(settings: PrepareConfig, corpus: Corpus) -> np.ndarray:
+    """Return the numbers of the documents that stay; of repeated ones the first, and one in validation before any."""
+    order = np.argsort(~corpus.documents["is_val"], kind="stable")
+    if settings.dedupe != "none":
+        first = find_exact(corpus.documents["digest"][order])
+        order = drop_repeated("exact duplicate", corpus, order, first)
+    if settings.dedupe == "near":
+        similar = find_near(corpus.signatures[order], settings.near_bands, settings.near_threshold)
+        order = drop_repeated("near duplicate", corpus, order, similar)
+    return np.sort(order)
+
+
+def drop_repeated(reason: str, corpus: Corpus, order: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """Tally the documents that repeat another and return the others. originals: whom each in `order` repeats, by place
+    in `order`, its own place where it stays."""
+    places, spans = np.flatnonzero(originals != np.arange(len(order))), corpus.spans()
+    for dropped, kept in zip(order[places], order[originals[places]]):
+        name = reason + (" of validation text" if spans[kept, 0] > spans[dropped, 0] else "")
+        corpus.tally.documents[name] += 1
+        corpus.tally.bytes[name] += int(corpus.documents["bytes"][dropped])
+        if corpus.tally.documents[name] <= 3:
+            pair = [text[:300] for text in read_texts(corpus.texts, spans[[dropped, kept]])]
+            corpus.tally.show(name, f"document {dropped}, as {kept}", " ⟷ ".join(pair))
+    return order[originals == np.arange(len(order))]
+
+
+def cut_spans(path: Path, spans: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Each document as two: its beginning for training and its end for validation, cut between characters."""
+    cut = []
+    with open(path, "rb") as file:
+        for _, start, end in spans:
+            middle = end - round((end - start) * val_fraction)
+            file.seek(middle)
+            middle += next(place for place, byte in enumerate(file.read(4) + b" ") if byte & 0xC0 != 0x80)
+            cut += [(0, start, middle), (1, middle, end)]
+    return np.array(cut)
+
+
+def sizes_of(spans: np.ndarray) -> np.ndarray:
+    return spans[:, 2] - spans[:, 1]
+
+
+def in_parts(workers: Workers, function: Callable, spans: np.ndarray, what: str) -> Iterator:
+    """Yield function(part) for parts of `spans` of about PART_CHARACTERS, in order; show how far that is."""
+    parts = np.split(spans, np.flatnonzero(np.diff(np.cumsum(sizes_of(spans)) // PART_CHARACTERS)) + 1)
+    progress, done = Progress(what, int(sizes_of(spans).sum())), 0
+    for part, result in zip(parts, workers.map(function, parts)):
+        yield result
+        done += int(sizes_of(part).sum())
         progress.update(done)
     progress.close()
-    splits = {}
-    for split, writer in writers.items():
-        shards = writer.close()
+
+
+def beginning(spans: np.ndarray, most_bytes: int) -> np.ndarray:
+    """The first documents, until they hold so many bytes."""
+    return spans[np.cumsum(sizes_of(spans)) - sizes_of(spans) < most_bytes]
+
+
+BPE_BYTES = 1_000_000_000  # of training text that a tokenizer is trained on at most
+
+
+def count_pieces(texts: Path, pattern: str, spans: np.ndarray) -> Counter:
+    """How often each piece of the documents occurs, as bytes; the few beyond 1,000 characters left out, which are no
+    words and take long to merge."""
+    counts, split = Counter(), regex.compile(pattern)
+    for text in read_texts(texts, spans):
+        counts.update(split.findall(text))
+    return Counter({piece.encode(): count for piece, count in counts.items() if len(piece) <= 1000})
+
+
+def choose_tokenizer(settings: PrepareConfig, workers: Workers, texts: Path, spans: np.ndarray) -> tiktoken.Encoding:
+    """The tokenizer that the settings name, trained on the training documents where it is a new one."""
+    entries = bpe_size(settings.tokenizer)
+    if not entries:
+        return load_tokenizer(settings.tokenizer, Path(settings.data_dir))
+    spans, counts = beginning(spans[spans[:, 0] == 0], BPE_BYTES), Counter()
+    for some in in_parts(workers, partial(count_pieces, texts, pattern_of(settings.tokenizer)), spans, "bytes split"):
+        counts.update(some)
+    print(f"training a tokenizer of {entries:,} entries on {len(counts):,} different pieces of text", flush=True)
+    return make_tokenizer(train_bpe(counts, entries), settings.tokenizer)
+
+
+@lru_cache(maxsize=1)
+def tokenizer_at(path: Path, name: str, sha256: str) -> tiktoken.Encoding:
+    """A tokenizer from its file, remembered by a worker."""
+    return read_tokenizer(path.read_text(encoding="ascii"), name)
+
+
+def tokenize_part(texts: Path, tokenizer: tuple[Path, str, str], spans: np.ndarray) -> list[np.ndarray]:
+    """The tokens of some documents, each led by end-of-text: those for training, and those for validation."""
+    encoding = tokenizer_at(*tokenizer)
+    start = np.array([encoding.eot_token], dtype=np.uint32)
+    dtype, splits = token_dtype(encoding), ([start[:0]], [start[:0]])
+    for split, text in zip(spans[:, 0], read_texts(texts, spans)):
+        splits[split].extend([start, encode(encoding, text)])
+    return [np.concatenate(tokens).astype(dtype) for tokens in splits]
+
+
+def write_shards(
+    settings: PrepareConfig, workers: Workers, texts: Path, spans: np.ndarray, encoding: tiktoken.Encoding, folder: Path
+) -> dict:
+    """Tokenise the documents into shards in `folder`; return the facts of each split for the manifest."""
+    writers = [
+        ShardWriter(folder, f"{settings.name}_{split}", settings.shard_tokens, token_dtype(encoding))
+        for split in SPLITS
+    ]
+    text = write_tokenizer(encoding)
+    (folder / "tokenizer.tiktoken").write_text(text, encoding="ascii", newline="")
+    tokenizer = (folder / "tokenizer.tiktoken", encoding.name, hashlib.sha256(text.encode()).hexdigest())
+    for splits in in_parts(workers, partial(tokenize_part, texts, tokenizer), spans, "bytes tokenised"):
+        for writer, tokens in zip(writers, splits):
+            writer.add(tokens)
+    facts = {}
+    for number, split in enumerate(SPLITS):
+        shards, sizes = writers[number].close(), sizes_of(spans[spans[:, 0] == number])
         tokens = sum(shard["tokens"] for shard in shards)
-        sizes = {"documents": survey.documents[split], "bytes": survey.text_bytes[split], "tokens": tokens}
-        splits[split] = sizes | {"shards": shards}
-    splits["val"]["compressed_bits_per_byte"] = compress("".join(val_text).encode()) if keep_val_text else {}
-    return splits
+        facts[split] = {"documents": len(sizes), "bytes": int(sizes.sum()), "tokens": tokens, "shards": shards}
+    return facts
 
 
-def compress(text: bytes) -> dict[str, float]:
-    """Bits per byte that two compressors need for `text`, for a model to be measured against."""
+def compress(texts: Path, spans: np.ndarray) -> dict[str, float]:
+    """Bits per byte that two compressors need for a text, for a model to be measured against; none for a long one."""
+    if sizes_of(spans).sum() > 16_000_000:  # more takes lzma too long
+        return {}
+    text = "".join(read_texts(texts, spans)).encode()
     compressed = {"lzma -9": lzma.compress(text, preset=9), "gzip -9": gzip.compress(text, 9)}
     return {name: 8 * len(data) / len(text) for name, data in compressed.items()}
+
+
+OVERLAP_BYTES = 1_000_000  # of validation text that is looked for in the training text
+
+
+def find_shared(texts: Path, hashes: Path, spans: np.ndarray) -> np.ndarray:
+    """Those of the hashes in a file that are n-grams of some documents."""
+    wanted, found = load_hashes(hashes), []
+    for text in read_texts(texts, spans):
+        ngrams = hash_ngrams(hash_words(text)[0], CONTAMINATION_WORDS)
+        found.append(ngrams[wanted.find(ngrams)])
+    return np.unique(np.concatenate(found))
+
+
+def measure_overlap(workers: Workers, texts: Path, spans: np.ndarray, work: Path) -> float:
+    """The share of 13 words in a row of validation text that stand in the training text, too; of much text the first
+    part is looked for."""
+    val, found = beginning(spans[spans[:, 0] == 1], OVERLAP_BYTES), []
+    ngrams = np.concatenate([hash_ngrams(hash_words(text)[0], CONTAMINATION_WORDS) for text in read_texts(texts, val)])
+    hashes = save_hashes(np.unique(ngrams), work)
+    for some in in_parts(workers, partial(find_shared, texts, hashes), spans[spans[:, 0] == 0], "bytes compared"):
+        found.append(some)
+    return len(HashSet(np.concatenate(found)).find(ngrams)) / max(len(ngrams), 1)
+
+
+def build(settings: PrepareConfig, work: Path, folder: Path) -> dict:
+    """Turn the text that the settings name into a dataset in `folder`; return its manifest."""
+    with Workers(settings.processes) as workers:
+        corpus = collect(settings, workers, work)
+        kept = deduplicate(settings, corpus)
+        spans, is_cut = corpus.spans()[kept], False
+        if not 0 < spans[:, 0].sum() < len(spans):  # no whole document can be spared for one of the splits
+            spans, is_cut = cut_spans(corpus.texts, spans, settings.val_fraction), True
+        if not all(sizes_of(spans[spans[:, 0] == split]).sum() for split in (0, 1)):
+            raise Failure(f"{settings.source or settings.name}: too little text for a training and a validation split")
+        encoding = choose_tokenizer(settings, workers, corpus.texts, spans)
+        splits = write_shards(settings, workers, corpus.texts, spans, encoding, folder)
+        overlap = measure_overlap(workers, corpus.texts, spans, work)
+    splits["val"]["compressed_bits_per_byte"] = compress(corpus.texts, spans[spans[:, 0] == 1])
+    dropped, sizes = corpus.tally.documents, corpus.documents["bytes"][kept]
+    read = corpus.tally.bytes.pop("in")
+    return manifest_of(settings, folder, encoding.name, splits) | {
+        "documents": {"in": len(kept) + dropped.total(), "kept": len(kept), "dropped": dict(dropped)},
+        "bytes": {"in": read, "kept": int(sizes.sum()), "dropped": dict(corpus.tally.bytes)},
+        "lines_dropped": dict(corpus.tally.lines),
+        "documents_cut_in_two": is_cut,
+        "validation_overlap": overlap,
+        "lengths": {2**power: count for power, count in enumerate(np.bincount(np.log2(sizes).astype(int)).tolist())},
+        "examples": corpus.tally.examples,
+    }
+
+
+def manifest_of(settings: PrepareConfig, folder: Path, tokenizer: str, splits: dict) -> dict:
+    """What every manifest holds, however its shards came about. The tokenizer's file must be in `folder`."""
+    text = (folder / "tokenizer.tiktoken").read_text(encoding="ascii")
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return {
+        "name": settings.name,
+        "made_from": made_from(settings),
+        "tokenizer": {"name": tokenizer, "sha256": sha256, "vocab_size": read_tokenizer(text, tokenizer).n_vocab},
+        "splits": splits,
+    }
+
+
+def made_from(settings: PrepareConfig) -> dict:
+    """The settings that decide what a dataset holds."""
+    return {name: value for name, value in asdict(settings).items() if name not in ("name", "processes", "data_dir")}
+
+
+def merge(settings: PrepareConfig, folder: Path) -> dict:
+    """Join the shards of several datasets, as links to the same files where the disk can; return the manifest."""
+    parts = [Path(part).expanduser() for part in settings.merge.split(",") if part]
+    manifests = []
+    for part in parts:
+        if not (part / "manifest.json").exists():
+            raise Failure(f"--merge: {part} holds no manifest.json, so it is no dataset of ours")
+        manifests.append(json.loads((part / "manifest.json").read_text(encoding="utf-8")))
+        if manifests[-1]["tokenizer"]["sha256"] != manifests[0]["tokenizer"]["sha256"]:
+            raise Failure(f"--merge: {part} and {parts[0]} have different tokenizers; prepare one of them anew")
+    link_or_copy(parts[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
+    splits = {}
+    for split in SPLITS:
+        found = [manifest["splits"][split] for manifest in manifests]
+        shards = [(part / shard["file"], shard) for part, facts in zip(parts, found) for shard in facts["shards"]]
+        for number, (path, shard) in enumerate(shards):
+            shard["file"] = f"{settings.name}_{split}_{number:06d}.bin"
+            link_or_copy(path, folder / shard["file"])
+        splits[split] = {unit: sum(facts[unit] for facts in found) for unit in ("documents", "bytes", "tokens")}
+        splits[split] |= {"shards": [shard for _, shard in shards]}
+    splits["val"]["compressed_bits_per_byte"] = {}
+    documents, sizes = (
+        {way: sum(manifest[unit][way] for manifest in manifests) for way in ("in", "kept")}
+        | {"dropped": dict(sum((Counter(manifest[unit]["dropped"]) for manifest in manifests), Counter()))}
+        for unit in ("documents", "bytes")
+    )
+    manifest = manifest_of(settings, folder, manifests[0]["tokenizer"]["name"], splits)
+    return manifest | {"documents": documents, "bytes": sizes}
+
+
+def adopt(settings: PrepareConfig, folder: Path) -> dict:
+    """Make a dataset of the Hub's shards of tokens, as they are; return the manifest."""
+    encoding = load_tokenizer(settings.tokenizer, Path(settings.data_dir))
+    sizes = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(encoding.eot_token)] + [0])
+    (folder / "tokenizer.tiktoken").write_text(write_tokenizer(encoding), encoding="ascii", newline="")
+    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in SPLITS}
+    paths = download_all(NAMED[settings.name], Path(settings.data_dir) / "downloads" / settings.name)
+    progress = Progress("shards checked", len(paths))
+    for number, path in enumerate(paths, 1):
+        link_or_copy(path, folder / path.name)
+        tokens, facts = open_shard(path), splits["val" if "_val_" in path.name else "train"]
+        facts["shards"].append({"file": path.name, "tokens": len(tokens), "sha256": sha256_of(path)})
+        facts["tokens"] += len(tokens)
+        facts["documents"] += int(np.count_nonzero(tokens == encoding.eot_token))
+        facts["bytes"] += int(sizes[tokens].sum())
+        progress.update(number)
+    progress.close()
+    splits["val"]["compressed_bits_per_byte"] = {}
+    documents, read = (sum(facts[unit] for facts in splits.values()) for unit in ("documents", "bytes"))
+    return manifest_of(settings, folder, encoding.name, splits) | {
+        "documents": {"in": documents, "kept": documents, "dropped": {}},
+        "bytes": {"in": read, "kept": read, "dropped": {}},
+    }
+
+
+def link_or_copy(source: Path, target: Path):
+    """Let `target` be the same file as `source`, or a copy where the disk has no second names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def prepare(settings: PrepareConfig) -> Path:
     """Make the dataset that the settings name and return its folder, which appears only when all of it is there."""
     folder = Path(settings.data_dir) / settings.name
-    made_from = {name: getattr(settings, name) for name in ("source", "text_field", "tokenizer", "val_fraction")}
-    if folder.exists():
-        if (folder / "manifest.json").exists():
-            found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["made_from"]
-            if found == made_from:
-                print(f"{folder} is there already; delete it to read the text anew")
-                return folder
-            raise Failure(f"{folder} was made from {found}, not {made_from}; delete it or choose another name")
-        raise Failure(f"{folder} holds something else already; choose another name")
-    print(f"preparing {folder}: reading {settings.source or settings.name}", flush=True)
-    survey = survey_documents(settings)
-    if entries := bpe_size(settings.tokenizer):
-        counts = Counter({piece.encode(): count for piece, count in survey.pieces.items()})
-        print(f"training a tokenizer of {entries:,} entries on {len(counts):,} different pieces of text", flush=True)
-        encoding = make_tokenizer(train_bpe(counts, entries), settings.tokenizer)
-    else:
-        encoding = load_tokenizer(settings.tokenizer, folder.parent)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{settings.name}."))
-    try:
-        tokenizer_text = write_tokenizer(encoding)
-        (partial / "tokenizer.tiktoken").write_text(tokenizer_text, encoding="ascii", newline="")
-        kept = sum(survey.documents.values()) // (2 if survey.cut else 1)  # a cut one counts in both splits
-        manifest = {
-            "name": settings.name,
-            "made_from": made_from,
-            "tokenizer": {
-                "name": settings.tokenizer,
-                "sha256": hashlib.sha256(tokenizer_text.encode()).hexdigest(),
-                "vocab_size": encoding.n_vocab,
-            },
-            "documents": {"in": kept + survey.empty, "kept": kept, "dropped": {"empty": survey.empty}},
-            "splits": write_shards(settings, survey, encoding, partial),
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp keeps its folder from everyone else
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(describe(manifest), flush=True)
+    work = folder.with_name(f".{settings.name}")  # what a killed run left there is cleared away by the next
+    with locked(folder.with_name(f".{settings.name}.lock")):
+        if is_there(folder, settings):
+            return folder
+        shutil.rmtree(work, ignore_errors=True)
+        dataset = work / "dataset"
+        try:
+            dataset.mkdir(parents=True)
+            print(f"preparing {folder} from {settings.merge or settings.source or 'what its name says'}", flush=True)
+            if settings.merge:
+                manifest = merge(settings, dataset)
+            elif settings.name == "fineweb-10b-gpt2":
+                manifest = adopt(settings, dataset)
+            else:
+                manifest = build(settings, work, dataset)
+            examples = manifest.pop("examples", {})
+            (dataset / "report.md").write_text(report(manifest, examples), encoding="utf-8")
+            if "lengths" in manifest:
+                draw_lengths(manifest, dataset)
+            (dataset / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            dataset.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    print(f"{describe(manifest)}\nwhat was kept and dropped, and why: {folder / 'report.md'}", flush=True)
     return folder
 
 
+def is_there(folder: Path, settings: PrepareConfig) -> bool:
+    """Whether the dataset is made already. Raises Failure where its folder holds something else."""
+    if not folder.exists():
+        return False
+    if not (folder / "manifest.json").exists():
+        raise Failure(f"{folder} holds something else already; choose another name")
+    found, wanted = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["made_from"], made_from(settings)
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if different:
+        changes = ", ".join(f"{name} {found.get(name)!r} and not {wanted[name]!r}" for name in different)
+        raise Failure(f"{folder} was made with {changes}; delete it or choose another name")
+    print(f"{folder} is there already; delete it to read the text anew")
+    return True
+
+
 def describe(manifest: dict) -> str:
+    """The dataset in a few lines for the screen."""
     documents, splits = manifest["documents"], manifest["splits"]
     text_bytes, tokens = (sum(split[unit] for split in splits.values()) for unit in ("bytes", "tokens"))
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in documents["dropped"].items())
     return (
         f"{documents['kept']:,} of {documents['in']:,} documents, {text_bytes / 1e6:.1f} MB, "
         f"{text_bytes / tokens:.2f} bytes a token: {splits['train']['tokens']:,} training tokens "
-        f"and {splits['val']['tokens']:,} for validation"
+        f"and {splits['val']['tokens']:,} for validation" + (f"\ndropped: {dropped}" if dropped else "")
     )
+
+
+def report(manifest: dict, examples: dict) -> str:
+    """The manifest's numbers as a page to read, in Markdown, with examples of what was dropped."""
+    documents, sizes, splits = manifest["documents"], manifest["bytes"], manifest["splits"]
+    rows = [("read", documents["in"], sizes["in"])]
+    rows += [(f"dropped: {why}", count, sizes["dropped"].get(why, 0)) for why, count in documents["dropped"].items()]
+    rows += [("kept", documents["kept"], sizes["kept"])]
+    for split, facts in splits.items():
+        rows += [(f"{split}: {facts['tokens']:,} tokens", facts["documents"], facts["bytes"])]
+    lines = [f"# {manifest['name']}", "", describe(manifest).split("\n")[0] + ".", ""]
+    lines += ["| | documents | bytes |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {count:,} | {size:,} |" for name, count, size in rows]
+    if manifest.get("documents_cut_in_two"):
+        lines += ["", "No whole document could be spared for validation: the end of each is kept for it."]
+    if manifest.get("lines_dropped"):
+        dropped = ", ".join(f"{count:,} {reason}s" for reason, count in manifest["lines_dropped"].items())
+        lines += ["", f"Dropped from within documents that stay: {dropped}."]
+    if "validation_overlap" in manifest:
+        share = f"{manifest['validation_overlap']:.2%}"
+        lines += ["", f"Of 13 words in a row of the validation text, {share} stand in the training text, too."]
+    if manifest.get("lengths"):
+        most = max(manifest["lengths"].values())
+        lines += ["", "| bytes a document | documents kept | |", "| ---: | ---: | --- |"]
+        for low, count in filter(lambda entry: entry[1], manifest["lengths"].items()):
+            lines += [f"| {low:,} to {2 * low - 1:,} | {count:,} | {'█' * math.ceil(40 * count / most)} |"]
+    for reason, shown in examples.items():
+        lines += ["", f"## dropped: {reason}"]
+        for where, text in shown:
+            quoted = " ".join(text.split()).replace("`", "'")
+            lines += ["", f"- `{where}`" + (f": `{quoted}`" if quoted else "")]
+    lines += ["", "Made with:", "", "```json", json.dumps(manifest["made_from"], indent=2), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def draw_lengths(manifest: dict, folder: Path):
+    """Draw how long the documents are as lengths.png, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lengths = manifest["lengths"]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="bytes a document", ylabel="documents", title=manifest["name"])
+    axes.bar(list(lengths), list(lengths.values()), width=list(lengths), align="edge", edgecolor="white")
+    figure.savefig(folder / "lengths.png", dpi=120)
 
 
 def main(settings: PrepareConfig):

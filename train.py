@@ -438,15 +438,19 @@ class Run:
 
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> prepare_data.Dataset:
-    """Open the dataset, prepared first where it is a missing one that we know how to make."""
+    """Open the dataset, prepared first where it is a missing one that we know how to make in little time."""
     folder = Path(settings.data_dir) / settings.dataset
 
     def prepare_if_missing():
         if folder.exists():
             return
-        if settings.dataset not in prepare_data.NAMED:
-            raise Failure(f"{folder} does not exist; make it: python prepare_data.py {settings.dataset} --source=PATH")
-        prepare_data.prepare(prepare_data.PrepareConfig(name=settings.dataset, data_dir=settings.data_dir))
+        script, named = Path(prepare_data.__file__), prepare_data.NAMED.get(settings.dataset)
+        if not named or named.repository:
+            source = "" if named else " --source=PATH"
+            raise Failure(f"{folder} does not exist; make it: python {script.name} {settings.dataset}{source}")
+        command = [sys.executable, str(script), settings.dataset, f"--data_dir={settings.data_dir}"]
+        if code := subprocess.run(command).returncode:  # a process of its own: its workers need no torch
+            raise Failure(f"the dataset {settings.dataset} could not be made", code)
 
     ranks.first_alone(prepare_if_missing)
     return prepare_data.Dataset(folder, settings.block_size, settings.tokenizer)
@@ -781,7 +785,9 @@ def main(settings: TrainConfig):
     refuse_to_overwrite(settings)
     with start_ranks(settings.device) as ranks, contextlib.ExitStack() as held:
         dataset = open_dataset(settings, ranks)
-        ranks.first_alone(lambda: held.enter_context(checkpoint.locked(Path(settings.out_dir))))
+        lock = Path(settings.out_dir) / "lock"
+        in_use = f"{settings.out_dir} is in use by another run; choose another --out_dir"
+        ranks.first_alone(lambda: held.enter_context(checkpoint.locked(lock, in_use)))
         ranks.first_alone(lambda: refuse_to_overwrite(settings))  # again, now that no other run can come between
         run = start_run(settings, ranks, dataset)
         ranks.first_alone(lambda: clear_folder(run))

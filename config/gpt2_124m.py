@@ -1,13 +1,13 @@
 """GPT-2 124M on 10B tokens.
 
 torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
-Shards of the FineWeb sample, by GPT-2's tokenizer, go into data/fineweb10B; or add --dataset=NAME for text of yours.
+The data: python prepare_data.py fineweb-10b-gpt2 (20.8 GB); or add --dataset=NAME for text of yours.
 Not yet run to its end. One H200, torch 2.11, 2026-11-22, with --dataset=books --batch_tokens=65536 --max_steps=300
 --warmup_steps=100: 516k tokens/s, validation loss 5.284 on unseen books.
 """
 
 out_dir = "out/gpt2_124m"
-dataset = "fineweb10B"
+dataset = "fineweb-10b-gpt2"
 tokenizer = "gpt2"
 n_layer = 12
 n_head = 12

@@ -1,12 +1,12 @@
 """GPT-2 774M on 10B tokens.
 
 torchrun --standalone --nproc_per_node=8 train.py config/gpt2_774m.py
-Shards of the FineWeb sample, by GPT-2's tokenizer, go into data/fineweb10B; or add --dataset=NAME for text of yours.
+The data: python prepare_data.py fineweb-10b-gpt2 (20.8 GB); or add --dataset=NAME for text of yours.
 Not yet run.
 """
 
 out_dir = "out/gpt2_774m"
-dataset = "fineweb10B"
+dataset = "fineweb-10b-gpt2"
 tokenizer = "gpt2"
 n_layer = 36
 n_head = 20

@@ -104,9 +104,9 @@ def test_a_full_disk_is_an_input_output_error(tmp_path):
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
-    with checkpoint.locked(tmp_path / "run"):
-        with pytest.raises(Failure, match="in use by another run") as failure, checkpoint.locked(tmp_path / "run"):
+    with checkpoint.locked(tmp_path / "run" / "lock", "busy"):
+        with pytest.raises(Failure, match="busy") as failure, checkpoint.locked(tmp_path / "run" / "lock", "busy"):
             pass
         assert failure.value.code == IN_USE
-    with checkpoint.locked(tmp_path / "run"):
+    with checkpoint.locked(tmp_path / "run" / "lock", "busy"):
         pass

@@ -96,7 +96,7 @@ def test_a_folder_of_foreign_shards_opens_with_a_tokenizer_named(tmp_path):
         Dataset(tmp_path, 16)
     dataset = Dataset(tmp_path, 16, "bytes")
     assert len(dataset.train) == 12 and dataset.encoding.n_vocab == 257 and np.isnan(dataset.val_tokens_per_byte())
-    with pytest.raises(Failure, match="less than one window of 201 training tokens"):
+    with pytest.raises(Failure, match="less than one window of 201 train tokens"):
         Dataset(tmp_path, 200, "bytes")
 
 

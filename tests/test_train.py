@@ -330,7 +330,7 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
     ):
         result = tiny_run(data_dir, out_dir, *options)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
-    with checkpoint.locked(out_dir):
+    with checkpoint.locked(out_dir / "lock"):
         result = tiny_run(data_dir, out_dir, "--init_from=resume")
         assert result.returncode == IN_USE and "in use by another run" in result.stderr
     assert tiny_run(data_dir, out_dir, "--overwrite=True", "--dataset=nothing").returncode == 2
