@@ -30,6 +30,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import unicodedata
 import zlib
@@ -827,16 +828,19 @@ class Reader:
 
     def find_files(self, sources: str) -> Iterator[Path]:
         """The files that `sources` names, each folder's in the order of their names."""
-        whole = Path(sources).expanduser()
-        for path in [whole] if whole.exists() else (Path(part).expanduser() for part in sources.split(",") if part):
-            found = [path] if path.exists() or path == STANDARD_INPUT else map(Path, sorted(glob.glob(str(path))))
+        parts = [sources] if Path(sources).expanduser().exists() else filter(None, sources.split(","))
+        for path in (Path(part).expanduser() for part in parts):
+            found = (
+                [path]
+                if path.exists() or path == STANDARD_INPUT
+                else sorted(map(Path, glob.glob(str(path), recursive=True)))
+            )
+            self.named.update(found)
             files = [file for entry in found for file in (self.walk(entry) if entry.is_dir() else [entry])]
             if not files:
                 links = self.tally.documents["symbolic link"]
                 hint = f" ({links} symbolic links were not followed; name them, as in '{path}/*')" if links else ""
                 raise Failure(f"--source={path}: there is no such file, or a folder without text{hint}")
-            if not path.is_dir():
-                self.named.update(files)
             yield from files
 
     def walk(self, folder: Path) -> Iterator[Path]:
@@ -1406,9 +1410,7 @@ class Workers:
 
     def __init__(self, processes: int):
         self.processes = processes
-        ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which then ends them
-        context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(processes, context, initializer=signal.signal, initargs=ignore_interrupt)
+        self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=start_worker)
 
     def __enter__(self):
         return self
@@ -1433,6 +1435,13 @@ class Workers:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise Failure("a process was killed, for want of memory? try fewer --processes", INPUT_OUTPUT) from None
+
+
+def start_worker():
+    """Leave Ctrl-C to the process that started this one, and end with it, even where it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 PART_CHARACTERS = 1_000_000  # of text that a worker takes at once
@@ -1629,11 +1638,9 @@ def count_pieces(texts: Path, pattern: str, spans: np.ndarray) -> Counter:
     return Counter({piece.encode(): count for piece, count in counts.items() if len(piece) <= 1000})
 
 
-def choose_tokenizer(settings: PrepareConfig, workers: Workers, texts: Path, spans: np.ndarray) -> tiktoken.Encoding:
-    """The tokenizer that the settings name, trained on the training documents where it is a new one."""
+def new_tokenizer(settings: PrepareConfig, workers: Workers, texts: Path, spans: np.ndarray) -> tiktoken.Encoding:
+    """A tokenizer of the size that the settings name, trained on the training documents."""
     entries = bpe_size(settings.tokenizer)
-    if not entries:
-        return load_tokenizer(settings.tokenizer, Path(settings.data_dir))
     spans, counts = beginning(spans[spans[:, 0] == 0], BPE_BYTES), Counter()
     for some in in_parts(workers, partial(count_pieces, texts, pattern_of(settings.tokenizer)), spans, "bytes split"):
         counts.update(some)
@@ -1713,6 +1720,7 @@ def measure_overlap(workers: Workers, texts: Path, spans: np.ndarray, work: Path
 
 def build(settings: PrepareConfig, work: Path, folder: Path) -> dict:
     """Turn the text that the settings name into a dataset in `folder`; return its manifest."""
+    encoding = None if bpe_size(settings.tokenizer) else load_tokenizer(settings.tokenizer, Path(settings.data_dir))
     with Workers(settings.processes) as workers:
         corpus = collect(settings, workers, work)
         kept = deduplicate(settings, corpus)
@@ -1721,7 +1729,7 @@ def build(settings: PrepareConfig, work: Path, folder: Path) -> dict:
             spans, is_cut = cut_spans(corpus.texts, spans, settings.val_fraction), True
         if not all(sizes_of(spans[spans[:, 0] == split]).sum() for split in (0, 1)):
             raise Failure(f"{settings.source or settings.name}: too little text for a training and a validation split")
-        encoding = choose_tokenizer(settings, workers, corpus.texts, spans)
+        encoding = encoding or new_tokenizer(settings, workers, corpus.texts, spans)
         splits = write_shards(settings, workers, corpus.texts, spans, encoding, folder)
         overlap = measure_overlap(workers, corpus.texts, spans, work)
     splits["val"]["compressed_bits_per_byte"] = compress(corpus.texts, spans[spans[:, 0] == 1])

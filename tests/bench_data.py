@@ -61,11 +61,13 @@ def bench_stages(settings: BenchConfig, work: Path):
             f"reading, clean {clean}, dedupe {dedupe}": replace(plain, clean=clean, dedupe=dedupe)
             for clean, dedupe in (("none", "none"), ("basic", "exact"), ("basic", "near"), ("web", "near"))
         }
-        encoding = prepare_data.choose_tokenizer(settings, workers, corpus.texts, spans)
+        encoding = prepare_data.load_tokenizer(settings.tokenizer, Path(settings.data_dir))
 
         def tokenize():
-            with tempfile.TemporaryDirectory(dir=work) as folder:
-                prepare_data.write_shards(settings, workers, corpus.texts, spans, encoding, Path(folder))
+            folder = work / "shards"  # the same each time, so that the processes know the tokenizer already
+            folder.mkdir()
+            prepare_data.write_shards(settings, workers, corpus.texts, spans, encoding, folder)
+            shutil.rmtree(folder)
 
         def clean(variant: PrepareConfig):
             with tempfile.TemporaryDirectory(dir=work) as folder:
