@@ -830,11 +830,9 @@ class Reader:
         """The files that `sources` names, each folder's in the order of their names."""
         parts = [sources] if Path(sources).expanduser().exists() else filter(None, sources.split(","))
         for path in (Path(part).expanduser() for part in parts):
-            found = (
-                [path]
-                if path.exists() or path == STANDARD_INPUT
-                else sorted(map(Path, glob.glob(str(path), recursive=True)))
-            )
+            found = [path]
+            if path != STANDARD_INPUT and not path.exists():
+                found = sorted(map(Path, glob.glob(str(path), recursive=True)))
             self.named.update(found)
             files = [file for entry in found for file in (self.walk(entry) if entry.is_dir() else [entry])]
             if not files:

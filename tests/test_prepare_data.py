@@ -3,12 +3,10 @@
 import base64
 import gzip
 import hashlib
-import http.server
 import json
 import lzma
 import random
 import struct
-import threading
 from collections import Counter
 from itertools import pairwise
 
@@ -17,7 +15,7 @@ import pytest
 from conftest import run
 
 import prepare_data
-from config import INPUT_OUTPUT, Failure
+from config import Failure
 from prepare_data import Dataset, PrepareConfig, Windows
 
 
@@ -104,7 +102,7 @@ def test_a_folder_of_foreign_shards_opens_with_a_tokenizer_named(tmp_path):
 
 
 def trained(text: str, size: int):
-    pieces = Counter(piece.encode() for piece in prepare_data.regex.findall(prepare_data.GPT2_PATTERN, text))
+    pieces = Counter(piece.encode() for piece in prepare_data.regex.findall(prepare_data.PATTERNS["gpt2"], text))
     return prepare_data.train_bpe(pieces, size), pieces
 
 
@@ -339,70 +337,3 @@ def test_stdlib_documents_are_the_modules_without_tests():
     assert 300 < len(documents) and 5e6 < sum(map(len, documents)) < 50e6
     assert any("class HTTPConnection:" in document for document in documents)
     assert not any("class BaseTaskTests" in document for document in documents)  # of test_asyncio
-
-
-# ---- downloads
-
-
-@pytest.fixture
-def server():
-    """A loopback server; its `answer` is called with each request's handler."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.answer(self)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.url = f"http://127.0.0.1:{server.server_port}/x"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def send(handler, body: bytes, length: int | None = None, status: int = 200):
-    handler.send_response(status)
-    handler.send_header("Content-Length", str(len(body) if length is None else length))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-BODY = b"to be or not to be" * 5000
-SHA256 = hashlib.sha256(BODY).hexdigest()
-
-
-def test_a_download_arrives_whole_and_once(tmp_path, server):
-    requests = []
-    server.answer = lambda handler: (requests.append(1), send(handler, BODY))
-    for _ in range(2):
-        assert prepare_data.fetch(tmp_path / "f", server.url, SHA256, 10**6).read_bytes() == BODY
-    assert len(requests) == 1 and [path.name for path in tmp_path.iterdir()] == ["f"]
-
-
-@pytest.mark.parametrize(
-    "answer, message",
-    [
-        (lambda handler: send(handler, BODY, status=404), "could not download"),
-        (lambda handler: send(handler, BODY[:-5], length=len(BODY)), "could not download|has SHA-256"),
-        (lambda handler: send(handler, BODY[:-5] + b"wrong"), "has SHA-256"),
-        (lambda handler: send(handler, BODY * 20), "more than 1000000 bytes"),
-    ],
-)
-def test_a_bad_download_leaves_nothing(tmp_path, server, answer, message):
-    server.answer = answer
-    with pytest.raises(Failure, match=message) as failure:
-        prepare_data.fetch(tmp_path / "f", server.url, SHA256, 10**6)
-    assert failure.value.code == INPUT_OUTPUT and not list(tmp_path.iterdir())
-
-
-def test_without_a_network_the_message_says_what_to_put_where(tmp_path):
-    with pytest.raises(Failure, match=f"put that file at {tmp_path / 'f'}"):
-        prepare_data.fetch(tmp_path / "f", "http://127.0.0.1:9/x", SHA256, 10**6)
-
-
-def test_a_wrong_file_in_place_is_noticed(tmp_path):
-    (tmp_path / "f").write_bytes(b"other")
-    with pytest.raises(Failure, match="delete it to download it anew"):
-        prepare_data.fetch(tmp_path / "f", "http://127.0.0.1:9/x", SHA256, 10**6)
