@@ -1104,7 +1104,7 @@ class HashSet:
 # Gopher: Rae et al. 2021, appendix A.1.1. C4: Raffel et al. 2020, section 2.2.
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")  # all but tab and line end, and byte-order marks
-BULLETS = ("•", "‣", "◦", "▪", "●", "-", "*")
+BULLETS = ("•", "‣", "◦", "▪", "●", "- ", "* ")
 ELLIPSES = ("...", "…")
 LETTERS = np.array([byte >= 128 or chr(byte).isalpha() for byte in range(256)])  # beyond ASCII all count as letters
 BOILERPLATE = (  # C4's words and phrases, in lower case
@@ -1548,22 +1548,22 @@ def collect(settings: PrepareConfig, workers: Workers, work: Path) -> Corpus:
     reader = open_source(settings)
     progress = Progress("bytes read", reader.total)
     clean_one = partial(clean_part, settings, forbidden_ngrams(settings, work))
-    corpus = Corpus(work / "texts", np.zeros(0, dtype=DOCUMENT), np.zeros(0, dtype=np.uint8), Tally())
-    documents, signatures = [corpus.documents], []
-    with open(corpus.texts, "wb") as file:
-        for texts, some, signed, tally in workers.map(clean_one, parts_of(reader)):
-            file.write(texts)
-            documents.append(some)
-            signatures.append(signed)
-            corpus.tally.add(tally)
+    tally, parts = Tally(), [np.zeros(0, dtype=DOCUMENT)]
+    with open(work / "texts", "wb") as text_file, open(work / "signatures", "wb") as signature_file:
+        for texts, documents, signatures, part_tally in workers.map(clean_one, parts_of(reader)):
+            text_file.write(texts)
+            signature_file.write(signatures.tobytes())
+            parts.append(documents)
+            tally.add(part_tally)
             progress.update(reader.done)
     progress.close()
-    corpus.tally.add(reader.tally)
-    corpus.documents = np.concatenate(documents)
-    corpus.signatures = np.concatenate(signatures) if signatures else corpus.signatures
-    if not len(corpus.documents):
-        raise Failure(f"{settings.source or settings.name}: no text is left: {dict(corpus.tally.documents)}")
-    return corpus
+    tally.add(reader.tally)
+    documents = np.concatenate(parts)
+    if not len(documents):
+        raise Failure(f"{settings.source or settings.name}: no text is left: {dict(tally.documents)}")
+    shape = len(documents), settings.near_signature if settings.dedupe == "near" else 0
+    signatures = np.memmap(work / "signatures", np.uint8, "r", shape=shape) if shape[1] else np.zeros(shape, np.uint8)
+    return Corpus(work / "texts", documents, signatures, tally)
 
 
 def deduplicate(settings: PrepareConfig, corpus: Corpus) -> np.ndarray:
@@ -1835,7 +1835,7 @@ def prepare(settings: PrepareConfig) -> Path:
         dataset = work / "dataset"
         try:
             dataset.mkdir(parents=True)
-            print(f"preparing {folder} from {settings.merge or settings.source or 'what its name says'}", flush=True)
+            print(f"preparing {folder}", flush=True)
             if settings.merge:
                 manifest = merge(settings, dataset)
             elif settings.name == "fineweb-10b-gpt2":

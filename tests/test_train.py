@@ -297,7 +297,7 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path):
         (["--init_from=resume", "--out_dir=none"], NO_CHECKPOINT, "there is no checkpoint"),
         (["--init_from=nowhere"], 2, "is not scratch, resume or a GPT-2 folder"),
         (["--dataset=nothing"], 2, "python prepare_data.py nothing --source=PATH"),
-        (["--block_size=8192", "--batch_tokens=16384"], 2, "less than one window of 8193 validation tokens"),
+        (["--block_size=8192", "--batch_tokens=16384"], 2, "less than one window of 8193 val tokens"),
         (["--device=mps"], 2, "finds none here"),
         (["--learning_rate=1e15", "--min_lr=0"], NOT_FINITE, "Try a lower --learning_rate"),
     ],
