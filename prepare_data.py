@@ -15,7 +15,6 @@ import base64
 import bz2
 import codecs
 import csv
-import glob
 import gzip
 import hashlib
 import heapq
@@ -754,7 +753,7 @@ SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "p
 BYTE_ORDER_MARKS = {  # those of UTF-32 first, as UTF-16's begin like them
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
@@ -818,7 +817,8 @@ class Reader:
         self.settings, self.tally, self.done = settings, Tally(), 0
         self.named = set()  # files that were named themselves, not found in a folder
         self.files = list(dict.fromkeys(self.find_files(sources) if isinstance(sources, str) else sources))
-        self.total = sum(path.stat().st_size for path in self.files if path != STANDARD_INPUT)
+        self.sizes = {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in self.files}
+        self.total = sum(self.sizes.values())
 
     def problem(self, reason: str, message: str, code: int = config.BAD_INPUT):
         """Something cannot be read: the end, or with --on_error=skip one more that is skipped."""
@@ -828,11 +828,9 @@ class Reader:
 
     def find_files(self, sources: str) -> Iterator[Path]:
         """The files that `sources` names, each folder's in the order of their names."""
-        parts = [sources] if Path(sources).expanduser().exists() else filter(None, sources.split(","))
-        for path in (Path(part).expanduser() for part in parts):
-            found = [path]
-            if path != STANDARD_INPUT and not path.exists():
-                found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        for part in [sources] if os.path.exists(os.path.expanduser(sources)) else filter(None, sources.split(",")):
+            path = Path(os.path.expanduser(part))
+            found = [path] if path == STANDARD_INPUT or os.path.exists(path) else self.match(path)
             self.named.update(found)
             files = [file for entry in found for file in (self.walk(entry) if entry.is_dir() else [entry])]
             if not files:
@@ -840,6 +838,12 @@ class Reader:
                 hint = f" ({links} symbolic links were not followed; name them, as in '{path}/*')" if links else ""
                 raise Failure(f"--source={path}: there is no such file, or a folder without text{hint}")
             yield from files
+
+    def match(self, pattern: Path) -> list[Path]:
+        """The files and folders that a pattern fits, hidden ones only where it names them."""
+        names = {"..", *pattern.parts}
+        found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+        return [path for path in found if not any(part[0] == "." and part not in names for part in path.parts)]
 
     def walk(self, folder: Path) -> Iterator[Path]:
         """The files below `folder`; no hidden ones, and none behind links, which lead anywhere or in a circle."""
@@ -872,7 +876,7 @@ class Reader:
                     self.problem("unreadable", f"{path}: {error.strerror}", INPUT_OUTPUT)
                 else:
                     self.problem("damaged file", f"{path} is cut or damaged: {error}")
-            self.done = before + (0 if path == STANDARD_INPUT else path.stat().st_size)
+            self.done = before + self.sizes[path]
 
     def read_file(self, path: Path) -> Iterator[tuple[str, str]]:
         if self.kind(path) == "parquet":
@@ -880,7 +884,14 @@ class Reader:
             return
         with sys.stdin.buffer if path == STANDARD_INPUT else open(path, "rb") as file:
             with OPENERS.get(path.suffix, lambda file: file)(file) as stream:
-                blocks = self.decode(stream, file, path)
+                block = stream.read(BLOCK_BYTES)
+                encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if block.startswith(mark)), "utf-8")
+                if encoding == "utf-8" and b"\0" in block[:4096]:
+                    if path in self.named:
+                        raise Failure(f"{path} is binary, not text: it has NUL bytes at its beginning")
+                    self.tally.drop("binary", str(path))
+                    return
+                blocks = self.decode(block, stream, file, encoding, path)
                 if self.kind(path) == "jsonl":
                     yield from self.read_json_lines(lines_of(blocks, path), path)
                 elif self.kind(path) == "csv":
@@ -892,29 +903,25 @@ class Reader:
                 else:
                     yield from ((text, str(path)) for text in in_pieces(blocks))
 
-    def decode(self, stream, file, path: Path) -> Iterator[str]:
-        """The text of `stream` by blocks, in the encoding that its byte-order mark states, or UTF-8."""
-        block, before, read = stream.read(BLOCK_BYTES), self.done, 0
-        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if block.startswith(mark)), "utf-8")
-        if encoding.startswith("utf-8") and b"\0" in block[:4096]:
-            if path in self.named:
-                raise Failure(f"{path} is binary, not text: it has NUL bytes at its beginning")
-            self.tally.drop("binary", str(path))
-            return
-        errors = "strict" if self.settings.invalid_bytes == "refuse" else "replace"
-        decoder = codecs.getincrementaldecoder(encoding)(errors)
+    def decode(self, block: bytes, stream, file, encoding: str, path: Path) -> Iterator[str]:
+        """The text of `block`, the first of `stream`, and of those behind it."""
+        decoder = codecs.getincrementaldecoder(encoding)(
+            "strict" if self.settings.invalid_bytes == "refuse" else "replace"
+        )
+        before, read, mark = self.done, 0, "\ufeff"
         while True:
-            held = len(decoder.getstate()[0])  # of a character that the block before began
+            held = len(decoder.getstate()[0])  # bytes of a character that the block before began
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 where = f"{path} is not {encoding} text: {error.reason} at byte {read - held + error.start}"
                 raise Failure(f"{where}; --invalid_bytes=replace puts U+FFFD there") from None
-            if path != STANDARD_INPUT:
+            if file.seekable():
                 self.done = before + file.tell()
-            yield text
+            yield text.removeprefix(mark)
             if not block:
                 return
+            mark = mark if not text else ""
             read += len(block)
             block = stream.read(BLOCK_BYTES)
 
@@ -938,7 +945,7 @@ class Reader:
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                self.problem("broken line", f"{path}:{rows.line_num}: not CSV: {error}")
+                self.problem("broken line", f"{path}:{rows.reader.line_num}: not CSV: {error}")
                 continue
             if row is None:
                 return
@@ -956,8 +963,8 @@ class Reader:
                     for value in batch.column(0).to_pylist():
                         number += 1
                         yield from self.take_text(value, [column], f"{path}:{number}")
-                    self.done = before + path.stat().st_size * number // file.metadata.num_rows
-        except arrow.ArrowInvalid as error:
+                    self.done = before + self.sizes[path] * number // file.metadata.num_rows
+        except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
             raise EOFError(error) from None
 
     def take_text(self, value, fields: list[str], where: str) -> Iterator[tuple[str, str]]:
@@ -1039,6 +1046,11 @@ def download_all(named: Named, folder: Path) -> list[Path]:
 # ---- words and their n-grams as hashes, for whatever looks for repetition
 
 WORD_BYTES = bytes(byte if byte >= 128 or chr(byte).isalnum() else ord(" ") for byte in range(256))
+SYMBOLS = re.compile(  # in UTF-8: of Latin-1, U+2000 to U+2BFF, Chinese and Japanese, full width, and emoji
+    rb"\xc2[\xa0-\xbf]|\xe2[\x80-\xaf]."
+    rb"|\xe3\x80.|\xef\xbc[\x80-\x8f\x9a-\xa0]|\xf0\x9f..",
+    re.DOTALL,
+)
 
 
 def mix(hashes: np.ndarray) -> np.ndarray:
@@ -1048,25 +1060,31 @@ def mix(hashes: np.ndarray) -> np.ndarray:
     return hashes ^ (hashes >> np.uint64(31))
 
 
-PAIR_HASHES = mix(np.arange(1, 2**16 + 1, dtype=np.uint64))  # a random number for each pair of bytes
-PAIR_HASHES[ord(" ") << 8 : (ord(" ") + 1) << 8] = 0  # none for what stands between words
+HASHED_PLACES = 64  # a byte further on counts as one so many before
+BYTE_HASHES = mix(np.arange(1, 256 * HASHED_PLACES + 1, dtype=np.uint64))  # by a byte's place in its word, and the byte
+BYTE_HASHES[ord(" ") :: 256] = 0  # for what stands between words
 
 
 def hash_words(text: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the words of `text` as hashes, uint64 (words,), and their sizes in bytes, int64 (words,).
 
-    A word is a run of letters and digits in lower case, or one Chinese or Japanese character; its hash is the sum of
-    those of its pairs of neighbouring bytes.
+    A word is a run of letters and digits in lower case, or one Chinese or Japanese character; beyond ASCII whatever is
+    none of SYMBOLS counts as a letter. Its hash is the sum of random numbers, one for each of its bytes at its place.
     """
-    data = np.frombuffer(b" " + text.lower().encode().translate(WORD_BYTES) + b" ", dtype=np.uint8)
-    inside = data != ord(" ")
-    starts = inside[1:] & (~inside[:-1] | ((data[1:] >= 0xE3) & (data[1:] <= 0xE9)))  # what such characters begin with
-    ends = np.flatnonzero(inside[:-1] & (~inside[1:] | starts))
-    starts = np.flatnonzero(starts) + 1
+    data = SYMBOLS.sub(b" ", text.lower().encode()).translate(WORD_BYTES)
+    data = np.frombuffer(b"   " + data + b" ", dtype=np.uint8)
+    inside, single = data != ord(" "), (data >= 0xE3) & (data <= 0xE9)  # what such characters' three bytes begin with
+    starts = inside[3:] & (~inside[2:-1] | single[3:] | single[:-3])
+    ends = np.flatnonzero(inside[2:-1] & (~inside[3:] | starts)) + 3
+    starts = np.flatnonzero(starts) + 3
     if not len(starts):
         return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
-    pairs = data[:-1].astype(np.uint16) << 8 | data[1:]
-    return np.add.reduceat(PAIR_HASHES[pairs], starts), ends - starts + 1
+    data, gaps = data[starts[0] :], np.diff(starts, append=len(data))
+    first = np.repeat((starts - starts[0]).astype(np.uint8), gaps)  # of the word that each byte is in, modulo 256
+    places = np.resize(np.arange(256, dtype=np.uint8), len(data)) - first
+    hashes = BYTE_HASHES[(places % HASHED_PLACES).astype(np.uint16) << 8 | data]
+    hashes = np.add.reduceat(hashes, starts - starts[0])
+    return hashes, ends - starts
 
 
 def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
@@ -1122,16 +1140,16 @@ SENTENCE_END = re.compile("[.!?][\"”')]*(?=\\s|$)")
 
 def mend(text: str) -> str:
     """Text in Unicode's composed form (NFC), its lines ended by one line feed, without control characters."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return CONTROL_CHARACTERS.sub("", text)
+    text = CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return unicodedata.normalize("NFC", text)
 
 
-def drop_lines(text: str, settings: PrepareConfig, tally: Tally) -> str:
-    """Text without the lines that C4 drops from a page that stays."""
+def drop_lines(text: str, settings: PrepareConfig, dropped: Counter) -> str:
+    """Text without the lines that C4 drops from a page that stays; they are counted in `dropped`."""
     if settings.drop_unfinished_lines:
-        text = keep_lines(text, "unfinished line", is_finished, tally)
+        text = keep_lines(text, "unfinished line", is_finished, dropped)
     if is_boilerplate(text):  # somewhere
-        text = keep_lines(text, "boilerplate line", lambda line: not is_boilerplate(line), tally)
+        text = keep_lines(text, "boilerplate line", lambda line: not is_boilerplate(line), dropped)
     return text
 
 
@@ -1141,10 +1159,10 @@ def is_boilerplate(text: str) -> bool:
     return any(phrase in lowered for phrase in BOILERPLATE)
 
 
-def keep_lines(text: str, reason: str, is_kept: Callable[[str], bool], tally: Tally) -> str:
+def keep_lines(text: str, reason: str, is_kept: Callable[[str], bool], dropped: Counter) -> str:
     lines = text.split("\n")
     kept = [line for line in lines if not line.strip() or is_kept(line)]
-    tally.lines[reason] += len(lines) - len(kept)
+    dropped[reason] += len(lines) - len(kept)
     return "\n".join(kept)
 
 
@@ -1285,14 +1303,18 @@ def clean(text: str, settings: PrepareConfig, tally: Tally) -> tuple[str, str, n
     """Return the text as it is kept, why it is to be dropped instead or "", and its words' hashes where known."""
     if settings.clean != "none":
         text = mend(text)
+    lines = Counter()
     if settings.clean == "web":
-        text = drop_lines(text, settings, tally)
+        text = drop_lines(text, settings, lines)
     if not text or text.isspace():
         return text, "empty", None
     if settings.clean != "web":
         return text, "", None
     page = Page(text)
-    return text, next((f"web: {rule.__name__}" for rule in RULES if rule(page, settings)), ""), page.hashes
+    reason = next((f"web: {rule.__name__}" for rule in RULES if rule(page, settings)), "")
+    if not reason:
+        tally.lines += lines
+    return text, reason, page.hashes
 
 
 # ---- deduplication: exact by hash, near by MinHash (Broder 1997) and locality-sensitive hashing (Lee et al. 2022)
@@ -1320,7 +1342,7 @@ def sign(words: np.ndarray, size: int) -> np.ndarray:
         donor = donors[found, np.arange(len(empty))]
         least[empty] = np.where(filled[donor], least[donor], least[empty])
         empty, attempt = empty[~filled[donor]], attempt + 1
-    return least.astype(np.uint8)
+    return mix(least + np.arange(size, dtype=np.uint64)).astype(np.uint8)  # another byte of it for each bin
 
 
 @lru_cache
@@ -1345,33 +1367,46 @@ def find_exact(digests: np.ndarray) -> np.ndarray:
 def find_near(signatures: np.ndarray, bands: int, threshold: float) -> np.ndarray:
     """For each document the earlier one that it nearly repeats, its own number where it stays.
 
-    Each document that goes is similar to one that stays. In each band those with the same bytes are compared, each
-    with the next eight. Memory beside the signatures: about 40 bytes a document.
+    Each document that goes is similar to one that stays. Memory beside the signatures: about 110 bytes a document.
     """
-    originals, pairs = np.arange(len(signatures)), []
-    progress = Progress("bands compared", bands)
-    for number, band in enumerate(np.split(signatures, bands, axis=1), 1):
-        keys = np.zeros(len(band), dtype=np.uint64)
-        for column in band.T:
+    numbers = np.arange(len(signatures))
+    originals, stay = numbers.copy(), numbers
+    while len(pairs := similar_pairs(signatures, stay, bands, threshold)):
+        for second, first in pairs:
+            original = originals[first]
+            if original == first or similarity(signatures[original], signatures[second]) >= threshold:
+                originals[second] = original
+        gone = originals[originals] != originals  # whom they repeat has gone in turn: they are compared once more
+        originals[gone] = numbers[gone]
+        stay = np.flatnonzero(originals == numbers)
+    return originals
+
+
+def similar_pairs(signatures: np.ndarray, stay: np.ndarray, bands: int, threshold: float) -> np.ndarray:
+    """Pairs of those documents in `stay` that share a band and are similar, (pairs, 2): the later one, the earlier.
+
+    Of many that share a band each is compared with the first and with the eight behind it.
+    """
+    pairs, progress = [stay[:0]], Progress("bands compared", bands)
+    rows, count = signatures.shape[1] // bands, len(signatures)
+    for number in range(1, bands + 1):
+        keys = np.zeros(len(stay), dtype=np.uint64)
+        for column in signatures[stay, (number - 1) * rows : number * rows].T:
             keys = mix(keys * np.uint64(256) + column)
         order = np.argsort(keys, kind="stable")
-        for distance in range(1, 9):
-            same = np.flatnonzero(keys[order[:-distance]] == keys[order[distance:]])
-            for some in np.array_split(same, len(same) // 100_000 + 1):
-                first, second = order[some], order[some + distance]
+        new = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))  # the places where another key begins
+        leaders = np.repeat(new, np.diff(new, append=len(keys)))
+        places = np.flatnonzero(leaders < np.arange(len(keys)))
+        for back in range(9):  # 0 stands for the first with the same key
+            others = places - back if back else leaders[places]
+            chosen = np.flatnonzero(others > leaders[places]) if back else np.arange(len(places))
+            for some in np.array_split(chosen, len(chosen) // 100_000 + 1):
+                first, second = stay[order[others[some]]], stay[order[places[some]]]
                 alike = similarity(signatures[first], signatures[second]) >= threshold
-                pairs.append(np.stack([second[alike], first[alike]], axis=1))
-            if not len(same):
-                break
+                pairs.append(second[alike] * count + first[alike])
         progress.update(number)
     progress.close()
-    for second, first in np.unique(np.concatenate(pairs), axis=0):
-        original = originals[first]
-        if originals[second] == second and (
-            original == first or similarity(signatures[original], signatures[second]) >= threshold
-        ):
-            originals[second] = original
-    return originals
+    return np.stack(np.divmod(np.unique(np.concatenate(pairs)), count), axis=1)
 
 
 # ---- the way from documents to a dataset
@@ -1408,7 +1443,7 @@ class Workers:
 
     def __init__(self, processes: int):
         self.processes = processes
-        self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=start_worker)
+        self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
     def __enter__(self):
         return self
@@ -1426,7 +1461,7 @@ class Workers:
         waiting = deque()
         try:
             for part in chain(first, parts):
-                waiting.append(self.pool.submit(function, part))
+                waiting.append(self.submit(function, part))
                 if len(waiting) > 2 * self.processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -1434,10 +1469,17 @@ class Workers:
         except BrokenProcessPool:
             raise Failure("a process was killed, for want of memory? try fewer --processes", INPUT_OUTPUT) from None
 
+    def submit(self, function: Callable, part):
+        """Hand a part to a process. Those that start meanwhile inherit that Ctrl-C is not for them."""
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return self.pool.submit(function, part)
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
-def start_worker():
-    """Leave Ctrl-C to the process that started this one, and end with it, even where it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def end_with_parent():
+    """Let this process end when the one that started it has ended, even where that was killed."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -1523,8 +1565,9 @@ def forbidden_ngrams(settings: PrepareConfig, folder: Path) -> Path | None:
     """A file of the n-grams in the texts that --decontaminate names; None where it names none."""
     if not settings.decontaminate:
         return None
-    texts = (hash_words(text)[0] for text, _ in Reader(settings, settings.decontaminate))
-    ngrams = [hash_ngrams(words, CONTAMINATION_WORDS) for words in texts]
+    texts = (text for text, _ in Reader(settings, settings.decontaminate))
+    mended = map(mend, texts) if settings.clean != "none" else texts
+    ngrams = [hash_ngrams(hash_words(text)[0], CONTAMINATION_WORDS) for text in mended]
     if not sum(map(len, ngrams)):
         raise Failure(f"--decontaminate={settings.decontaminate}: no text of {CONTAMINATION_WORDS} words or more")
     return save_hashes(np.unique(np.concatenate(ngrams)), folder)
@@ -1769,7 +1812,8 @@ def merge(settings: PrepareConfig, folder: Path) -> dict:
         if not (part / "manifest.json").exists():
             raise Failure(f"--merge: {part} holds no manifest.json, so it is no dataset of ours")
         manifests.append(json.loads((part / "manifest.json").read_text(encoding="utf-8")))
-        if manifests[-1]["tokenizer"]["sha256"] != manifests[0]["tokenizer"]["sha256"]:
+        one, other = (manifest["tokenizer"] for manifest in (manifests[0], manifests[-1]))
+        if (one["sha256"], pattern_of(one["name"])) != (other["sha256"], pattern_of(other["name"])):
             raise Failure(f"--merge: {part} and {parts[0]} have different tokenizers; prepare one of them anew")
     link_or_copy(parts[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     splits = {}
@@ -1798,10 +1842,14 @@ def adopt(settings: PrepareConfig, folder: Path) -> dict:
     (folder / "tokenizer.tiktoken").write_text(write_tokenizer(encoding), encoding="ascii", newline="")
     splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in SPLITS}
     paths = download_all(NAMED[settings.name], Path(settings.data_dir) / "downloads" / settings.name)
+    if not paths:
+        raise Failure(f"{settings.name}: the Hub lists no files of it any more", INPUT_OUTPUT)
     progress = Progress("shards checked", len(paths))
     for number, path in enumerate(paths, 1):
         link_or_copy(path, folder / path.name)
         tokens, facts = open_shard(path), splits["val" if "_val_" in path.name else "train"]
+        if tokens.max(initial=0) > encoding.eot_token:
+            raise Failure(f"{path} holds token {tokens.max()}, but {encoding.name} has {encoding.n_vocab} entries")
         facts["shards"].append({"file": path.name, "tokens": len(tokens), "sha256": sha256_of(path)})
         facts["tokens"] += len(tokens)
         facts["documents"] += int(np.count_nonzero(tokens == encoding.eot_token))
@@ -1829,9 +1877,9 @@ def prepare(settings: PrepareConfig) -> Path:
     folder = Path(settings.data_dir) / settings.name
     work = folder.with_name(f".{settings.name}")  # what a killed run left there is cleared away by the next
     with locked(folder.with_name(f".{settings.name}.lock")):
+        shutil.rmtree(work, ignore_errors=True)
         if is_there(folder, settings):
             return folder
-        shutil.rmtree(work, ignore_errors=True)
         dataset = work / "dataset"
         try:
             dataset.mkdir(parents=True)
@@ -1843,7 +1891,8 @@ def prepare(settings: PrepareConfig) -> Path:
             else:
                 manifest = build(settings, work, dataset)
             examples = manifest.pop("examples", {})
-            (dataset / "report.md").write_text(report(manifest, examples), encoding="utf-8")
+            page = report(manifest, examples).encode(errors="backslashreplace")  # a file's name may be no Unicode
+            (dataset / "report.md").write_bytes(page)
             if "lengths" in manifest:
                 draw_lengths(manifest, dataset)
             (dataset / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -1858,9 +1907,11 @@ def is_there(folder: Path, settings: PrepareConfig) -> bool:
     """Whether the dataset is made already. Raises Failure where its folder holds something else."""
     if not folder.exists():
         return False
-    if not (folder / "manifest.json").exists():
-        raise Failure(f"{folder} holds something else already; choose another name")
-    found, wanted = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["made_from"], made_from(settings)
+    try:
+        found = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["made_from"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Failure(f"{folder} holds something else already; choose another name") from None
+    wanted = made_from(settings)
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         changes = ", ".join(f"{name} {found.get(name)!r} and not {wanted[name]!r}" for name in different)
