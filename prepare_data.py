@@ -1046,10 +1046,13 @@ def download_all(named: Named, folder: Path) -> list[Path]:
 # ---- words and their n-grams as hashes, for whatever looks for repetition
 
 WORD_BYTES = bytes(byte if byte >= 128 or chr(byte).isalnum() else ord(" ") for byte in range(256))
-SYMBOLS = re.compile(  # in UTF-8: of Latin-1, U+2000 to U+2BFF, Chinese and Japanese, full width, and emoji
-    rb"\xc2[\xa0-\xbf]|\xe2[\x80-\xaf]."
-    rb"|\xe3\x80.|\xef\xbc[\x80-\x8f\x9a-\xa0]|\xf0\x9f..",
-    re.DOTALL,
+SYMBOLS = (  # that are no letters: first and last three bytes in UTF-8, and how many bytes such a character has
+    (0xC2A000, 0xC2BFFF, 2),  # Latin-1
+    (0xE28000, 0xE2AFFF, 3),  # typography, arrows, mathematics: U+2000 to U+2BFF
+    (0xE38080, 0xE380BF, 3),  # Chinese and Japanese punctuation, and the same in full width
+    (0xEFBC80, 0xEFBC8F, 3),
+    (0xEFBC9A, 0xEFBCA0, 3),
+    (0xF09F00, 0xF09FFF, 4),  # emoji
 )
 
 
@@ -1071,20 +1074,27 @@ def hash_words(text: str) -> tuple[np.ndarray, np.ndarray]:
     A word is a run of letters and digits in lower case, or one Chinese or Japanese character; beyond ASCII whatever is
     none of SYMBOLS counts as a letter. Its hash is the sum of random numbers, one for each of its bytes at its place.
     """
-    data = SYMBOLS.sub(b" ", text.lower().encode()).translate(WORD_BYTES)
-    data = np.frombuffer(b"   " + data + b" ", dtype=np.uint8)
+    data = np.frombuffer(bytearray(b"   " + text.lower().encode().translate(WORD_BYTES) + b"   "), dtype=np.uint8)
+    blank_symbols(data)
     inside, single = data != ord(" "), (data >= 0xE3) & (data <= 0xE9)  # what such characters' three bytes begin with
     starts = inside[3:] & (~inside[2:-1] | single[3:] | single[:-3])
     ends = np.flatnonzero(inside[2:-1] & (~inside[3:] | starts)) + 3
     starts = np.flatnonzero(starts) + 3
     if not len(starts):
         return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
-    data, gaps = data[starts[0] :], np.diff(starts, append=len(data))
-    first = np.repeat((starts - starts[0]).astype(np.uint8), gaps)  # of the word that each byte is in, modulo 256
-    places = np.resize(np.arange(256, dtype=np.uint8), len(data)) - first
-    hashes = BYTE_HASHES[(places % HASHED_PLACES).astype(np.uint16) << 8 | data]
-    hashes = np.add.reduceat(hashes, starts - starts[0])
-    return hashes, ends - starts
+    sizes, data, starts = ends - starts, data[starts[0] :], starts - starts[0]
+    begins = np.repeat(starts.astype(np.uint8), np.diff(starts, append=len(data)))  # each byte's word, modulo 256
+    places = (np.resize(np.arange(256, dtype=np.uint8), len(data)) - begins) % HASHED_PLACES
+    return np.add.reduceat(BYTE_HASHES[places.astype(np.uint16) << 8 | data], starts), sizes
+
+
+def blank_symbols(data: np.ndarray):
+    """Make spaces of SYMBOLS in UTF-8, uint8 (bytes,), which ends with at least three spaces."""
+    begins = np.flatnonzero(data >= 0xC2)  # of characters beyond ASCII
+    codes = sum(data[begins + place].astype(np.uint32) << (16 - 8 * place) for place in range(3))
+    for first, last, size in SYMBOLS:
+        for place in range(size):
+            data[begins[(codes >= first) & (codes <= last)] + place] = ord(" ")
 
 
 def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
