@@ -136,10 +136,13 @@ class PrepareConfig:
         if self.near_bands < 1 or self.near_signature % self.near_bands or not 1 <= self.near_signature <= 4096:
             raise ValueError(f"near_bands {self.near_bands} must divide near_signature {self.near_signature} (to 4096)")
         similarity = min(1.0, self.near_threshold + 0.05)
+        spread = math.sqrt(similarity * (1 - similarity) / self.near_signature) or 1  # of its estimate
         found = chance_of_finding(similarity, self.near_signature, self.near_bands)
+        found *= math.erfc((self.near_threshold - similarity) / spread / math.sqrt(2)) / 2 if similarity < 1 else 1
         if found < 0.95:
             raise ValueError(
-                f"near_bands {self.near_bands} finds {found:.0%} of the pairs of similarity {similarity:.2f}; take more"
+                f"near_bands {self.near_bands} of a near_signature of {self.near_signature} find {found:.0%} of the pairs "
+                f"of similarity {similarity:.2f}; take more bands, or a longer signature"
             )
 
 
@@ -1188,7 +1191,8 @@ class Page:
         self.text = text
         self.lines = [line for line in map(str.strip, text.split("\n")) if line]
         self.paragraphs = [part for part in map(str.strip, re.split(r"\n\s*\n", text)) if part]
-        data = np.frombuffer(b" " + text.encode(), dtype=np.uint8)
+        spaced = text if text.isascii() else " ".join(text.split())  # by white space beyond ASCII as well
+        data = np.frombuffer(b" " + spaced.encode(), dtype=np.uint8)
         white = data <= ord(" ")
         starts = np.flatnonzero(white[:-1] & ~white[1:]) + 1
         self.words = len(starts)
@@ -1254,7 +1258,7 @@ def top_ngrams(page: Page, settings: PrepareConfig) -> bool:
         if len(values):
             first = np.argmax(ngrams == values[np.argmax(counts)])
             share = counts.max() * page.sizes[first : first + n].sum() / page.sizes.sum()
-            if share > settings.max_top_ngram - 0.02 * (n - 2):
+            if share > round(max(0, settings.max_top_ngram - 0.02 * (n - 2)), 9):
                 return True
     return False
 
@@ -1269,10 +1273,10 @@ def repeated_ngrams(page: Page, settings: PrepareConfig) -> bool:
         again = np.zeros(len(page.hashes), dtype=bool)
         again[np.delete(places, first)[:, None] + np.arange(n)] = True
         share = page.sizes[again].sum() / max(page.sizes.sum(), 1)
-        if share > settings.max_repeated_ngrams - 0.01 * (n - 5):
+        if share > round(max(0, settings.max_repeated_ngrams - 0.01 * (n - 5)), 9):
             return True
-        if share <= settings.max_repeated_ngrams - 0.05:
-            return False  # what repeats more words in a row is among this
+        if not share:
+            return False  # what repeats more words in a row is among what repeats fewer
     return False
 
 
@@ -1596,9 +1600,8 @@ def parts_of(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
         yield part
 
 
-def collect(settings: PrepareConfig, workers: Workers, work: Path) -> Corpus:
+def collect(settings: PrepareConfig, reader: Reader, workers: Workers, work: Path) -> Corpus:
     """Read and clean all documents. Raises Failure."""
-    reader = open_source(settings)
     progress = Progress("bytes read", reader.total)
     clean_one = partial(clean_part, settings, forbidden_ngrams(settings, work))
     tally, parts = Tally(), [np.zeros(0, dtype=DOCUMENT)]
@@ -1771,9 +1774,10 @@ def measure_overlap(workers: Workers, texts: Path, spans: np.ndarray, work: Path
 
 def build(settings: PrepareConfig, work: Path, folder: Path) -> dict:
     """Turn the text that the settings name into a dataset in `folder`; return its manifest."""
+    reader = open_source(settings)
     encoding = None if bpe_size(settings.tokenizer) else load_tokenizer(settings.tokenizer, Path(settings.data_dir))
     with Workers(settings.processes) as workers:
-        corpus = collect(settings, workers, work)
+        corpus = collect(settings, reader, workers, work)
         kept = deduplicate(settings, corpus)
         spans, is_cut = corpus.spans()[kept], False
         if not 0 < spans[:, 0].sum() < len(spans):  # no whole document can be spared for one of the splits

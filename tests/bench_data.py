@@ -46,10 +46,14 @@ def show(name: str, values, unit: str):
     print(f"{name:<52} {statistics.median(values):8.2f} {unit} ({min(values):.2f} to {max(values):.2f})", flush=True)
 
 
+def read(settings: PrepareConfig, workers: prepare_data.Workers, work: Path) -> prepare_data.Corpus:
+    return prepare_data.collect(settings, prepare_data.open_source(settings), workers, work)
+
+
 def bench_stages(settings: BenchConfig, work: Path):
     """Tokenising on all cores, against one process; cleaning and deduplication, against tokenising."""
     with prepare_data.Workers(settings.processes) as workers:
-        corpus = prepare_data.collect(replace(settings, clean="none", dedupe="none"), workers, work)
+        corpus = read(replace(settings, clean="none", dedupe="none"), workers, work)
         spans = corpus.spans()
         texts = list(prepare_data.read_texts(corpus.texts, spans))
         megabytes = prepare_data.sizes_of(spans).sum() / 1e6
@@ -71,7 +75,7 @@ def bench_stages(settings: BenchConfig, work: Path):
 
         def clean(variant: PrepareConfig):
             with tempfile.TemporaryDirectory(dir=work) as folder:
-                prepare_data.deduplicate(variant, prepare_data.collect(variant, workers, Path(folder)))
+                prepare_data.deduplicate(variant, read(variant, workers, Path(folder)))
 
         tokenize()  # now the processes have started and hold the tokenizer
         alone, shards, cleaned = [], [], {name: [] for name in variants}
@@ -91,7 +95,7 @@ def bench_stages(settings: BenchConfig, work: Path):
 def bench_merges(settings: BenchConfig, work: Path):
     """The training of a tokenizer on one process, its pieces counted already and with counting."""
     with prepare_data.Workers(1) as workers:
-        corpus = prepare_data.collect(replace(settings, clean="none", dedupe="none", processes=1), workers, work)
+        corpus = read(replace(settings, clean="none", dedupe="none", processes=1), workers, work)
     counting, merging = [], []
     for _ in range(RUNS):
         started = time.perf_counter()

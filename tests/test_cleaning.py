@@ -138,7 +138,12 @@ CASES = [  # the rule, a page that it just lets through, a page that it just dro
     ("word_count", page(prose(50)), page(prose(49)), {"min_words": 0}),
     ("word_count", page(prose(100) * 1000), page([*prose(100) * 1000, "more"]), {"max_words": 0}),
     ("word_length", " ".join(prose(100, 3)), " ".join(prose(100, 3, excess=-1)), {"min_word_length": 0}),
-    ("word_length", " ".join(prose(100, 10)), " ".join(prose(100, 10, excess=1)), {"max_word_length": 100}),
+    (
+        "word_length",
+        " ".join(prose(100, 10)).replace("a", "é"),
+        " ".join(prose(100, 10, excess=1)).replace("a", "é"),
+        {"max_word_length": 100},
+    ),
     ("symbols", page(marked(prose(), "#", 10)), page(marked(prose(), "#", 11)), {"max_symbols": 1}),
     ("symbols", page(marked(prose(), "...", 10)), page(marked(prose(), "…", 11)), {"max_symbols": 1}),
     (
@@ -150,7 +155,7 @@ CASES = [  # the rule, a page that it just lets through, a page that it just dro
     (
         "bullet_lines",
         "\n".join([f"• {line}" for line in lines_of(prose(900))] + lines_of(prose(100))),
-        "\n".join([f"  - {line}" for line in lines_of(prose(910))] + lines_of(prose(90))),
+        "\n".join([f" {'•‣◦▪●-*'[n % 7]} {line}" for n, line in enumerate(lines_of(prose(910)))] + lines_of(prose(90))),
         {"max_bullet_lines": 1},
     ),
     (
@@ -197,7 +202,7 @@ CASES = [  # the rule, a page that it just lets through, a page that it just dro
     ("top_ngrams", with_phrase(300, 3, 18), with_phrase(300, 3, 19), {"max_top_ngram": 1}),
     ("top_ngrams", with_phrase(300, 4, 12), with_phrase(300, 4, 13), {"max_top_ngram": 1}),
     ("repeated_ngrams", with_phrase(1000, 5, 31), with_phrase(1000, 5, 32), {"max_repeated_ngrams": 1}),
-    ("repeated_ngrams", with_phrase(1000, 10, 10), with_phrase(1000, 10, 12), {"max_repeated_ngrams": 1}),
+    ("repeated_ngrams", with_phrase(2001, 10, 21), with_phrase(2000, 10, 22), {"max_repeated_ngrams": 1}),
 ]
 
 
@@ -214,6 +219,18 @@ def test_every_rule_has_such_a_case_and_a_good_page_passes_all():
     assert {name for name, *_ in CASES} == {rule.__name__ for rule in prepare_data.RULES}
     text, reason, words = prepare_data.clean(page(prose()), WEB, Tally())
     assert (text, reason) == (page(prose()), "") and (words == hash_words(text)[0]).all()
+
+
+def test_the_limit_for_ten_words_is_a_tenth_and_never_less_than_nothing():
+    assert not prepare_data.repeated_ngrams(Page(with_phrase(1000, 10, 11)), WEB)
+    for limit in (0, 0.01, 0.04):
+        assert not prepare_data.repeated_ngrams(Page(page(prose())), PrepareConfig(max_repeated_ngrams=limit))
+
+
+@pytest.mark.parametrize("white", [" ", "\n", "\t", " \n ", "\u00a0", "\u2003", "\u3000"])
+def test_the_words_of_a_page_are_parted_by_any_white_space(white):
+    one, other = Page(" ".join(prose())), Page(white.join(prose()))
+    assert (other.words, other.word_characters, other.lettered_words) == (100, one.word_characters, 100)
 
 
 def ngrams_of(words: list[str], n: int) -> list[tuple]:
@@ -252,12 +269,12 @@ def random_sequences(count: int):
 
 def test_repeated_words_are_counted_as_gopher_defines_it():
     decisions = Counter()
-    for words, most in random_sequences(800):
+    for words, most in random_sequences(500):
         found = prepare_data.repeated_ngrams(Page(" ".join(words)), PrepareConfig(max_repeated_ngrams=most))
         shares = [repeated_share(list(map(latin, words)), n) for n in range(5, 11)]
         assert found == any(share > most - 0.01 * extra for extra, share in enumerate(shares)), words
         decisions[found] += 1
-    assert min(decisions.values()) > 150
+    assert min(decisions.values()) > 100
 
 
 def latin(word: str) -> str:
@@ -267,16 +284,19 @@ def latin(word: str) -> str:
 
 def test_the_commonest_words_are_counted_as_gopher_defines_it():
     decisions = Counter()
-    for words, most in random_sequences(800):
+    for words, most in random_sequences(500):
         found = prepare_data.top_ngrams(Page(" ".join(words)), PrepareConfig(max_top_ngram=most))
         over = [[share > most - 0.02 * (n - 2) for share in top_shares(list(map(latin, words)), n)] for n in (2, 3, 4)]
         surely, possibly = any(some and all(some) for some in over), any(map(any, over))  # of equals it takes any one
         assert surely <= found <= possibly, words
         decisions[found] += surely == possibly
-    assert min(decisions.values()) > 150
+    assert min(decisions.values()) > 100
 
 
-@pytest.mark.parametrize("phrase", prepare_data.BOILERPLATE)
+BOILERPLATE = ["terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"]
+
+
+@pytest.mark.parametrize("phrase", ["javascript", *BOILERPLATE])
 def test_lines_of_boilerplate_go_from_a_page_that_stays(phrase):
     lines, tally = lines_of(prose()), Tally()
     mentions = [f"Please see our {phrase.upper()} for more.", f"{phrase}", *phrase.split()]
@@ -327,7 +347,6 @@ def plain_words(text: str) -> list[str]:
         "éßøÑçÅαβΓ한글ابת 12,._'-",
         "日本語中国カナあいabc 12.",
         "ab“”‘’–—…«»·•©\u00a0\u2009\u3000、。，！ ",
-        # FAILS: symbols and emoji count as letters
         "ab→€™■🙂🚀 ",
     ],
 )
@@ -385,7 +404,7 @@ def signatures_of(documents: list[np.ndarray], size: int = 256) -> np.ndarray:
     return np.array([sign(words, size) for words in documents], dtype=np.uint8).reshape(len(documents), size)
 
 
-@pytest.mark.parametrize("words, pairs", [(20, 300), (100, 300), (5000, 100)])
+@pytest.mark.parametrize("words, pairs", [(20, 250), (100, 250), (5000, 100)])
 def test_signatures_estimate_the_similarity_of_documents(words, pairs):
     generator = np.random.default_rng(words)
     for similarity in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
@@ -403,20 +422,21 @@ def test_equal_sets_of_5_grams_have_equal_signatures():
     for words in (1, 4, 5, 20, 1000):
         document = generator.integers(2**64, size=words, dtype=np.uint64)
         assert (sign(document, 256) == sign(document.copy(), 256)).all()
-    assert (sign(np.tile(document, 2), 256) == sign(np.tile(document, 3), 256)).all()
+    again, more = sign(np.tile(document, 2), 256), sign(np.tile(document, 3), 256)
+    assert (again == more).all() and prepare_data.similarity(again, more) == 1
 
 
 @pytest.mark.parametrize("words", [1, 4, 5, 7])
 def test_short_documents_are_similar_only_where_they_share_words(words):
-    documents = list(np.random.default_rng(0).integers(2**64, size=(500, words), dtype=np.uint64))
+    documents = list(np.random.default_rng(0).integers(2**64, size=(300, words), dtype=np.uint64))
     originals = find_near(signatures_of(documents + documents[:20]), 32, 0.8)
-    assert originals.tolist() == [*range(500), *range(20)]
+    assert originals.tolist() == [*range(300), *range(20)]
 
 
 def test_documents_without_words_are_similar_only_where_they_are_equal(tmp_path):
     chooser = random.Random(0)
-    signs = {"".join(chooser.choices("!?.,;-", k=8)) for _ in range(100)}
-    signs |= {"".join(chooser.choices("🙂🙃🚀🎉", k=8)) for _ in range(100)}
+    signs = {"".join(chooser.choices("!?.,;-", k=8)) for _ in range(50)}
+    signs |= {"".join(chooser.choices("🙂🙃🚀🎉", k=8)) for _ in range(50)}
     texts = sorted(signs) + random_texts(0, 20)
     manifest, train, val = prepared(tmp_path, texts + texts, dedupe="near")
     assert sorted(train + val) == sorted(texts)
@@ -437,14 +457,14 @@ def test_near_duplicates_are_found_and_nothing_else_is(threshold, signature, ban
     for similarity in [*above, *below]:
         rounding = math.floor if similarity in above else math.ceil
         for words in SIZES:
-            pairs += [(similarity, *near_pair(generator, words, similarity, rounding)) for _ in range(60)]
+            pairs += [(similarity, *near_pair(generator, words, similarity, rounding)) for _ in range(50)]
     wanted, first, second, exact = zip(*pairs)
     originals = find_near(signatures_of([*first, *second], signature), bands, threshold)
     assert (originals[: len(pairs)] == np.arange(len(pairs))).all()
     found, exact = originals[len(pairs) :] == np.arange(len(pairs)), np.array(exact)
     for similarity in above:
         assert found[np.array(wanted) == similarity].mean() >= 0.95, similarity
-    assert not found[exact <= threshold - 0.2].any() and (exact >= threshold + 0.05).sum() == 5 * 60 * len(above)
+    assert not found[exact <= threshold - 0.2].any() and (exact >= threshold + 0.05).sum() == 5 * 50 * len(above)
     assert (originals[len(pairs) :][~found] == len(pairs) + np.flatnonzero(~found)).all()
 
 
@@ -519,6 +539,28 @@ def test_what_is_similar_only_to_something_that_went_stays():
     assert find_near(signatures_of([second, first, third]), 32, 0.8).tolist() == [0, 0, 0]
 
 
+def test_each_of_many_that_share_a_band_is_compared_with_the_first():
+    generator = np.random.default_rng(0)
+    signatures = np.tile(generator.integers(256, size=256, dtype=np.uint8), (20, 1))
+    for copy in signatures[1:]:
+        copy[8 * np.arange(1, 32) + generator.integers(8, size=31)] += generator.integers(1, 256, dtype=np.uint8)
+    alike = prepare_data.similarity(signatures[:, None], signatures)
+    assert alike[0].min() > 0.85 and (alike[1:, 1:] >= 0.8).sum() == 19  # each to itself
+    assert find_near(signatures, 32, 0.8).tolist() == [0] * 20
+
+
+def test_what_goes_does_not_hide_those_around_it():
+    other, first = np.random.default_rng(0).integers(256, size=(2, 256), dtype=np.uint8)
+    first[:8] = other[:8]  # all of these share the first band, and no other with what is not the same
+    second = first.copy()
+    second[8::8] += 1
+    third = second.copy()
+    third[9::8] += 1
+    assert prepare_data.similarity(second, np.array([first, third])).min() > 0.8 > prepare_data.similarity(first, third)
+    signatures = np.array([other, first, *[other] * 20, second, third])
+    assert find_near(signatures, 32, 0.8).tolist() == [0, 1, *[0] * 20, 1, 23]
+
+
 @pytest.mark.parametrize("documents", [0, 1, 2])
 def test_a_few_documents_are_no_special_case(documents):
     assert find_near(random_corpus(0, 20)[:documents], 32, 0.8).tolist() == list(range(documents))
@@ -540,10 +582,13 @@ def test_documents_that_differ_in_case_and_white_space_are_one(tmp_path):
     for text in sorted(texts, key=is_val, reverse=True):  # sorting is stable: those for validation come first
         groups.setdefault("".join(text.lower().split()), text)
     kept = [text for text in texts if text in groups.values()]
+    originals = [(text, groups["".join(text.lower().split())]) for text in texts if text not in kept]
+    reasons = Counter(is_val(original) > is_val(text) for text, original in originals)
     manifest, train, val = prepared(tmp_path, texts)
     assert train == [text for text in kept if not is_val(text)] and val == [text for text in kept if is_val(text)]
-    assert len(kept) == 65 and sum(manifest["documents"]["dropped"].values()) == len(texts) - 65
-    assert {"exact duplicate", "exact duplicate of validation text"} == set(manifest["documents"]["dropped"])
+    dropped = {"exact duplicate": reasons[False], "exact duplicate of validation text": reasons[True]}
+    assert manifest["documents"] == {"in": len(texts), "kept": 65, "dropped": dropped}
+    assert min(reasons.values()) > 5 and any(is_val(text) for text, _ in originals)
     manifest, train, val = prepared(tmp_path, texts, name="all", dedupe="none")
     assert sorted(train + val) == sorted(texts) and manifest["documents"]["dropped"] == {}
 
@@ -588,9 +633,10 @@ WORDS = plain_words(BENCHMARK)
 @pytest.mark.parametrize("dedupe", ["exact", "near"])  # whose words are known before, or not
 def test_training_text_that_shares_thirteen_words_with_another_goes(tmp_path, shared, goes, dedupe):
     (tmp_path / "benchmark.txt").write_text("Short.\n" + BENCHMARK, encoding="utf-8")
-    before, *texts = random_texts(0, 40)
-    in_train, in_val = (in_split(val, (f"{before} {shared} {number}" for number in range(99))) for val in (False, True))
-    options = {"decontaminate": str(tmp_path / "benchmark.txt"), "dedupe": dedupe, "near_threshold": 0.98}
+    before, behind, *texts = random_texts(0, 41)
+    in_train = in_split(False, (f"{before} {shared} {number}" for number in range(99)))
+    in_val = in_split(True, (f"{number} {shared} {behind}" for number in range(99)))
+    options = {"decontaminate": str(tmp_path / "benchmark.txt"), "dedupe": dedupe}
     manifest, train, val = prepared(tmp_path, [in_train, in_val, *texts], **options)
     assert manifest["documents"]["dropped"] == ({"contaminated": 1} if goes else {})
     assert (in_train not in train) == goes and in_val in val and len(train + val) == 41 - goes

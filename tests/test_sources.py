@@ -3,6 +3,7 @@
 import base64
 import bz2
 import codecs
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -132,9 +133,13 @@ def start(folder: Path, *options, **more) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, text: bytes = b"") -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, text: bytes = b"", seconds: float = 30) -> tuple[int, str, str]:
     """The exit code and the output, once the process, and all that it started, are gone."""
-    output, errors = process.communicate(text, timeout=30)  # a pipe ends with the last process that holds it
+    try:
+        output, errors = process.communicate(text, seconds)  # a pipe ends with the last process that holds it
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     errors = re.sub(r"(?m)^[\d,]+ .* s left\n", "", errors.decode())  # the progress of a slow machine
     return process.returncode, output.decode(), errors
 
@@ -171,7 +176,6 @@ def test_lists_and_patterns_name_each_file_once_and_in_order(tmp_path, monkeypat
     assert read(sources) == found.split()
 
 
-# FAILS: OSError, File name too long, as the whole list is first looked for as one name
 def test_a_list_may_be_longer_than_a_file_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = [write(Path(f"file {number}.txt"), str(number)) for number in range(50)]
@@ -186,7 +190,12 @@ def test_standard_input_is_a_source(tmp_path):
     assert "lengths.png" not in names(tmp_path / "data" / "mine")  # as there is no matplotlib
 
 
-# FAILS: Illegal seek
+# FAILS: ValueError: I/O operation on closed file, while it is read again
+def test_standard_input_is_no_source_twice(tmp_path):
+    with pytest.raises(ValueError, match="standard input"):
+        settings_for(tmp_path, "-", decontaminate="-")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_named_pipe_is_a_source(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # what <(zcat *.gz) gives, too
@@ -233,6 +242,11 @@ def test_parquet_is_read_through_all_row_groups(tmp_path, kind):
     assert read(write_parquet(tmp_path / "b.bin", texts, "body"), format="parquet", text_field="body") == texts
 
 
+# FAILS: it is taken for text, and so for binary
+def test_the_suffix_of_a_compression_may_be_in_capitals(tmp_path):
+    assert read(write(tmp_path / "A.JSONL.GZ", gzip.compress(json_lines(ROWS).encode()))) == ROWS
+
+
 def test_settings_say_more_than_a_name(tmp_path):
     lines, table = json_lines(ROWS, "body"), CSV.replace("text", "body")
     for name, text in (("a.txt", lines), ("b.csv", lines), ("c.jsonl", table)):
@@ -271,7 +285,6 @@ def test_text_in_each_encoding_is_the_same_wherever_blocks_end(tmp_path, monkeyp
         assert read(write(tmp_path / "a.txt", mark + text.encode(encoding))) == [text]
 
 
-# FAILS: for utf-8 with a mark, whose offset is three bytes short in the first block
 @pytest.mark.parametrize("encoding, mark, bad", ENCODINGS)
 def test_invalid_bytes_are_refused_with_their_place_or_replaced(tmp_path, monkeypatch, encoding, mark, bad):
     monkeypatch.setattr(prepare_data, "BLOCK_BYTES", 16)
@@ -360,7 +373,6 @@ BAD = [  # a file, what is wrong, and how that is counted
     ("a.jsonl", b'{"text": 3}\n{"text": ["x"]}', "a.jsonl:1: no text in field 'text'", {"missing field": 2}),
     ("a.csv", b"body,n\nx,1,2\n", "a.csv:2: no text in field 'text'; its fields: body, n, None", {}),
     ("a.csv", b"n,text\n1\n", "a.csv:2: no text in field 'text'", {}),
-    # FAILS: says line 1, as DictReader counts a line when it is whole
     ("a.csv", b'text,n\n"a"b,1\nx,2\n', "a.csv:2: not CSV", {"broken line": 1}),
     ("a.csv", b'text,n\nx,1\n"a,2\ny,3\n', "a.csv:.*: not CSV: unexpected end", {"broken line": 1}),
     ("a.parquet", b"", "a.parquet is cut or damaged", {}),
@@ -401,7 +413,6 @@ def test_damaged_parquet_is_refused(tmp_path):
     assert read(path, on_error="skip") == ["one", "three"] and skipped(path) == {"missing field": 1}
 
 
-# FAILS: UnicodeDecodeError
 def test_parquet_with_invalid_text_is_refused(tmp_path):
     offsets = pyarrow.py_buffer(np.array([0, 2, 4], dtype=np.int32))
     path = write_parquet(
@@ -428,7 +439,7 @@ def test_a_binary_file_is_refused_where_it_was_named_and_counted_in_a_folder(tmp
     for source in (path, tmp_path / "texts" / "*"):
         fails("a.png is binary, not text", prepared, tmp_path, source)
     manifest, texts = prepared(tmp_path, tmp_path / "texts")
-    assert manifest["documents"]["dropped"] == {"binary": 1}  # FAILS: and an empty one
+    assert manifest["documents"]["dropped"] == {"binary": 1}
     assert "".join(texts) == GOOD
     assert f"- `{path}`" in (tmp_path / "data" / "mine" / "report.md").read_text(encoding="utf-8")
 
@@ -438,7 +449,6 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     assert read(path) == ["a?b", "😀", "?"]
 
 
-# FAILS: UnicodeEncodeError when all else is done
 @pytest.mark.parametrize(
     "name, line", [("a.jsonl", '{"\\ud83d": 1}'), (os.fsdecode(b"\xff.txt"), " ")], ids=["field", "file"]
 )
@@ -463,14 +473,12 @@ def test_links_in_a_folder_are_not_followed(tmp_path):
     fails("a folder without text .6 symbolic links were not followed; name them, as in", read, folder)
 
 
-# FAILS: the file is read 41 times; with a second such link glob would need 2 ** 40 steps
 def test_a_pattern_goes_through_no_link_in_a_circle(tmp_path):
     write(tmp_path / "texts" / "a.txt", "text")
     (tmp_path / "texts" / "circle").symlink_to(tmp_path / "texts")
     assert read(tmp_path / "texts" / "**" / "*.txt") == ["text"]
 
 
-# FAILS: FileNotFoundError for both, also where it is to be skipped
 def test_a_dangling_link_is_a_missing_file(tmp_path):
     (tmp_path / "a.txt").symlink_to("nowhere")
     write(tmp_path / "b.txt", "text")
@@ -486,8 +494,8 @@ def test_a_dangling_link_is_a_missing_file(tmp_path):
         "a.txt,none",
         "**/none/*",
         "empty",
-        "**.none",
-        pytest.param("~nobody-of-that-name/a.txt"),  # FAILS: RuntimeError
+        "~nobody-of-that-name/a.txt",
+        "**.none",  # FAILS: ValueError before Python 3.13
     ],
 )
 def test_what_is_missing_is_refused(tmp_path, monkeypatch, source):
@@ -497,12 +505,13 @@ def test_what_is_missing_is_refused(tmp_path, monkeypatch, source):
     fails(f"--source={re.escape(source.split(',')[-1])}: there is no such file", prepared, tmp_path, source)
 
 
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root can read all")
 def test_what_may_not_be_read_is_refused_or_skipped(tmp_path):
     file = write(tmp_path / "texts" / "deeper" / "a.txt", "text")
     for path in (file, file.parent):
         path.chmod(0)
         try:
+            if os.access(path, os.R_OK):
+                pytest.skip("root can read all")
             fails(f"{path}: Permission denied; --on_error=skip", read, tmp_path / "texts", code=INPUT_OUTPUT)
             assert skipped(tmp_path / "texts") == {"unreadable": 1}
         finally:
@@ -519,7 +528,6 @@ def test_a_disk_that_cannot_be_read_is_reported_or_skipped(tmp_path, monkeypatch
     assert skipped(path) == {"unreadable": 1}
 
 
-# FAILS: FileNotFoundError, from the stat that counts the bytes done
 def test_a_file_that_vanishes_meanwhile_can_be_skipped(tmp_path):
     for name in "ab":
         write(tmp_path / name, name)
@@ -543,6 +551,10 @@ def test_a_tokenizer_that_is_missing_is_noticed_before_any_text_is_read(tmp_path
     path, tokenizer = write(tmp_path / "a.txt", GOOD), tmp_path / "none.tiktoken"
     for name in (f"{tokenizer}", f"{tokenizer}:gpt4"):
         fails(f"--tokenizer={name}: there is no file {tokenizer}", prepared, tmp_path, path, tokenizer=name)
+    # FAILS: RuntimeError
+    fails(
+        "there is no file ~nobody-of-that-name", prepared, tmp_path, path, tokenizer="~nobody-of-that-name/a.tiktoken"
+    )
     write(tokenizer, "no tokenizer")
     fails("none.tiktoken: not a .tiktoken file", prepared, tmp_path, path, tokenizer=str(tokenizer))
 
@@ -561,7 +573,6 @@ def test_what_stands_under_the_name_already_is_kept(tmp_path, capsys):
     assert names(tmp_path / "data" / "other") == ["notes.txt"]
 
 
-# FAILS: KeyError and JSONDecodeError
 @pytest.mark.parametrize("manifest", ['{"name": "an app"}', '{"name', "[]", '{"made_from": "x"}'])
 def test_a_manifest_of_something_else_is_refused(tmp_path, manifest):
     write(tmp_path / "data" / "mine" / "manifest.json", manifest)
@@ -642,7 +653,6 @@ def test_a_run_killed_at_any_moment_leaves_nothing_or_all_and_the_next_one_succe
     assert names(folder.parent) == [".mine.lock", "mine"]
 
 
-# FAILS: what a run left that was killed right behind its last step, all of the text, stays for good
 def test_what_a_killed_run_left_beside_its_dataset_is_cleared(tmp_path):
     path = write(tmp_path / "a.txt", GOOD)
     prepared(tmp_path, path)
@@ -656,11 +666,10 @@ def test_what_a_killed_run_left_beside_its_dataset_is_cleared(tmp_path):
 
 @pytest.fixture(scope="module")
 def much_text(tmp_path_factory) -> Path:
-    """A file that several processes share the work on."""
+    """A file that several processes share the work on: 80 documents of 60 kB."""
     chooser = random.Random(0)
-    words = ["".join(chooser.choices("abcdefghijé", k=5)) for _ in range(3000)]
-    texts = (" ".join(chooser.choices(words, k=10_000)) for _ in range(36))
-    return write(tmp_path_factory.mktemp("much") / "much.jsonl", json_lines(texts))
+    text = " ".join("".join(chooser.choices("abcdefghijé", k=5)) for _ in range(10_000))
+    return write(tmp_path_factory.mktemp("much") / "much.jsonl", json_lines(f"{number} {text}" for number in range(80)))
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
@@ -686,38 +695,46 @@ def wait_for_work(folder: Path):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("moment", ["starting", "working"])
-def test_ctrl_c_ends_a_run_and_its_workers_quietly(tmp_path, much_text, moment):
+@pytest.mark.parametrize("times", [1, 2])  # FAILS: twice it hangs, or shows tracebacks of workers
+def test_ctrl_c_ends_a_run_and_its_workers_quietly(tmp_path, much_text, times):
     process = start_with_workers(tmp_path, much_text)
-    time.sleep(0.1) if moment == "starting" else wait_for_work(tmp_path)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all of them
-    code, _, errors = finish(process)
-    assert code == 130 and names(tmp_path / "data") == [".mine.lock"]
-    assert errors == "prepare_data.py: interrupted\n"  # FAILS: tracebacks of workers that are starting
+    for _ in range(times):
+        time.sleep(0.1)  # the workers are still starting
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all of them
+    code, _, errors = finish(process, seconds=10)
+    assert code == 130 and errors == "prepare_data.py: interrupted\n"
+    assert names(tmp_path / "data") == [".mine.lock"]
 
 
-def test_a_killed_worker_ends_the_run(tmp_path, much_text):
+# FAILS: a worker that is killed while it hands over its answer, which the pipe cannot take at once, hangs the run
+@pytest.mark.parametrize("answering", [False, True])
+def test_killed_workers_end_the_run(tmp_path, much_text, answering):
     process = start_with_workers(tmp_path, much_text)
     wait_for_work(tmp_path)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    code, _, errors = finish(process)
+    if answering:
+        process.send_signal(signal.SIGSTOP)  # so that it takes no answers
+        time.sleep(0.5)
+    for worker in workers_of(process)[: 2 if answering else 1]:
+        os.kill(worker, signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
+    code, _, errors = finish(process, seconds=10)
     assert code == INPUT_OUTPUT and len(errors.splitlines()) == 1
     assert "a process was killed, for want of memory? try fewer --processes" in errors
     assert names(tmp_path / "data") == [".mine.lock"]
 
 
-@pytest.mark.parametrize("moment", ["starting", "working"])
-def test_workers_end_with_their_parent_and_the_next_run_succeeds(tmp_path, much_text, moment):
+def test_workers_end_with_their_parent_and_the_next_run_succeeds(tmp_path, much_text):
     process = start_with_workers(tmp_path, much_text)
-    time.sleep(0.1) if moment == "starting" else wait_for_work(tmp_path)
+    wait_for_work(tmp_path)
     process.kill()
-    process.communicate(timeout=10)  # ends when no worker holds the pipe any more
+    finish(process, seconds=10)
     assert names(tmp_path / "data") == [".mine", ".mine.lock"]
-    if moment == "working":
-        assert finish(start(tmp_path, f"--source={much_text}", "--processes=2"))[0] == 0
-        assert names(tmp_path / "data") == [".mine.lock", "mine"]
-        calm = prepare_data.prepare(settings_for(tmp_path, much_text, data_dir=str(tmp_path / "calm")))
-        assert contents(calm) == contents(tmp_path / "data" / "mine")  # with any number of processes
+    source = write(tmp_path / "some.jsonl", b"".join(much_text.read_bytes().splitlines(True)[:35]))
+    folder = prepare_data.prepare(settings_for(tmp_path, source, processes=2))
+    assert names(folder.parent) == [".mine.lock", "mine"]
+    calm = prepare_data.prepare(settings_for(tmp_path, source, data_dir=str(tmp_path / "calm")))
+    assert contents(calm) == contents(folder)  # with any number of processes
 
 
 def test_of_two_that_prepare_the_same_one_does_and_the_other_waits(tmp_path):
@@ -828,10 +845,21 @@ def test_what_does_not_fit_is_not_merged(tmp_path):
     fails(message, prepared, tmp_path, merge=f"{one},{other}")
     fails("holds no manifest.json, so it is no dataset", prepared, tmp_path, merge=f"{one},{tmp_path}")
     fails("holds no manifest.json, so it is no dataset", prepared, tmp_path, merge=f"{one},{tmp_path / 'none'}")
+    fails(
+        "holds no manifest.json, so it is no dataset", prepared, tmp_path, merge="~nobody-of-that-name/one,"
+    )  # FAILS: RuntimeError
     assert not {"mine", ".mine"} & set(names(tmp_path / "data"))
 
 
-# FAILS: they are merged, though they split text in different ways
+# FAILS: KeyError and JSONDecodeError
+@pytest.mark.parametrize(
+    "manifest", ['{"name": "an app"}', '{"name', "[]", '{"tokenizer": {"sha256": "x", "name": "x"}}']
+)
+def test_a_folder_with_a_manifest_of_something_else_is_not_merged(tmp_path, manifest):
+    write(tmp_path / "app" / "manifest.json", manifest)
+    fails("app holds", prepared, tmp_path, merge=str(tmp_path / "app"))
+
+
 def test_tokenizers_that_split_text_differently_are_not_merged(tmp_path):
     tokenizer = tiktoken_file(tmp_path / "x.tiktoken", BYTES + PAIRS)
     two_halves(tmp_path, tokenizer)
@@ -909,13 +937,11 @@ def test_shards_from_the_hub_become_a_dataset_as_they_are(tmp_path, hub, small_g
     assert not folder.exists() and not folder.with_name(f".{folder.name}").exists()
 
 
-# FAILS: ZeroDivisionError
 def test_a_hub_that_lists_no_files_is_refused(tmp_path, hub, small_gpt2):
     with pytest.raises(Failure):
         prepared(tmp_path, name="fineweb-10b-gpt2", tokenizer="")
 
 
-# FAILS: IndexError
 def test_shards_of_another_tokenizer_are_refused(tmp_path, hub, small_gpt2):
     hub.files |= {f"fineweb_{split}_000000.bin": shard_bytes([256, 65, 66, 300]) for split in ("train", "val")}
     fails("300", prepared, tmp_path, name="fineweb-10b-gpt2", tokenizer="")
