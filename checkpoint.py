@@ -90,9 +90,13 @@ def locked(path: Path, in_use: str = "") -> Iterator:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
+        is_waiting = False
         while not lock(file):
             if in_use:
                 raise Failure(in_use, IN_USE)
+            if not is_waiting:
+                print(f"waiting for another process that holds {path}", flush=True)
+            is_waiting = True
             time.sleep(0.1)
         yield
 

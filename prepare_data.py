@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
@@ -50,6 +50,11 @@ import regex  # comes with tiktoken
 import requests
 import tiktoken
 import urllib3  # comes with requests
+
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    zstd = None
 
 import config
 from checkpoint import locked
@@ -71,15 +76,17 @@ class PrepareConfig:
     text_field: str = "text"  # the field or column that holds the document in jsonl, csv and parquet
     separator: str = ""  # a line that parts the documents in a text file; "" = a file is one document
     invalid_bytes: str = "refuse"  # bytes that are no text in a file's encoding: refuse, or replace by U+FFFD
-    on_error: str = "stop"  # a broken line or damaged file: stop, or skip it and count it
-    tokenizer: str = ""  # gpt2, bytes, bpe:N (trained here), a .tiktoken file; append :gpt4 for GPT-4's split pattern
+    on_error: str = "stop"  # what cannot be read (a file, a line, bytes that are no text): stop, or skip and count it
+    tokenizer: str = (
+        ""  # gpt2, bytes, bpe:N or bpe:N:gpt4 (trained here), FILE.tiktoken; "" = the dataset's own, or gpt2
+    )
     val_fraction: float = 0.0  # share of documents for validation, chosen by their hash; 0 = 0.1, or the dataset's own
     clean: str = "basic"  # none, basic (Unicode NFC, line ends, no control characters), web (the rules below as well)
     dedupe: str = "exact"  # none, exact (but for case and white space), near (similar ones as well)
-    near_threshold: float = 0.8  # near: Jaccard similarity of two documents' 5-grams of words from which one is dropped
+    near_threshold: float = 0.8  # near: estimated Jaccard similarity of 5-grams of words from which one goes
     near_signature: int = 256  # near: bytes of memory a document, each a sample of its 5-grams
-    near_bands: int = 32  # near: pairs are looked for with a signature cut into so many bands
-    decontaminate: str = ""  # files like --source; training documents sharing 13 words in a row with them are dropped
+    near_bands: int = 32  # near: bands the signature is cut into; those that agree in one are compared; more find more
+    decontaminate: str = ""  # files like --source; documents that share 13 words in a row with them are dropped
     min_words: int = 50  # web, Gopher: words a document has at least
     max_words: int = 100_000  # web, Gopher: and at most; 0 = any number
     min_word_length: float = 3.0  # web, Gopher: mean characters a word, at least
@@ -88,13 +95,14 @@ class PrepareConfig:
     max_bullet_lines: float = 0.9  # web, Gopher: share of lines that start with a bullet
     max_ellipsis_lines: float = 0.3  # web, Gopher: share of lines that end with an ellipsis
     min_alphabetic_words: float = 0.8  # web, Gopher: share of words that hold a letter
-    min_stop_words: int = 2  # web, Gopher: how many of the be to of and that have with occur; 0 = other languages
+    min_stop_words: int = 2  # web, Gopher: how many of "the be to of and that have with" occur; 0 = off, if not English
     max_repeated_lines: float = 0.3  # web, Gopher: share of lines, or of paragraphs, that stood before
     max_repeated_line_characters: float = 0.2  # web, Gopher: the same as a share of their characters
-    max_top_ngram: float = 0.2  # web, Gopher: share of bytes in the commonest 2 words; 0.02 less for 3, 0.04 for 4
+    max_top_ngram: float = 0.2  # web, Gopher: share of the text in its commonest 2 words; 0.02 less for 3, 0.04 for 4
     max_repeated_ngrams: float = 0.15  # web, Gopher: share in 5 words that stood before; 0.01 less a word more, to 10
     min_sentences: int = 3  # web, C4: ends of sentences a document has at least
     drop_curly_brackets: bool = True  # web, C4: drop documents with a curly bracket, which are code as a rule
+    drop_boilerplate: bool = True  # web, C4: drop lines on JavaScript or a site's policies, and pages with lorem ipsum
     drop_unfinished_lines: bool = False  # web, C4: drop lines under 5 words or not ending in . ! ? or a quotation mark
     processes: int = 0  # how many work at once; 0 = one a core
     shard_tokens: int = 100_000_000  # tokens a shard file holds at most
@@ -109,7 +117,7 @@ class PrepareConfig:
 
     def check(self):
         """Raise ValueError where a value makes no sense."""
-        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
+        if not self.name or Path(self.name).name != self.name or self.name.startswith(".") or self.name == "downloads":
             raise ValueError(f"name {self.name!r}: give the dataset a plain name, as in: python prepare_data.py stdlib")
         if not (self.source or self.merge) and self.name not in NAMED:
             raise ValueError(f"{self.name} is not among {', '.join(NAMED)}; for text of your own add --source=PATH")
@@ -117,6 +125,10 @@ class PrepareConfig:
             raise ValueError(f"{self.name} names a dataset of its own; choose another name for --source or --merge")
         if self.source and self.merge:
             raise ValueError(f"source {self.source} and merge {self.merge}: give one of the two")
+        if self.takes_shards():
+            idle = [name for name in READING if getattr(self, name) != getattr(PrepareConfig(self.name), name)]
+            if idle:
+                raise ValueError(f"{idle[0]} has no effect here: shards are taken as they are; leave it out")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(filter(None, choices))}")
@@ -128,6 +140,10 @@ class PrepareConfig:
             raise ValueError(f"processes {self.processes} must be 1 or more, or 0 for one a core")
         bpe_size(self.tokenizer)
         self.check_near()
+
+    def takes_shards(self) -> bool:
+        """Whether the dataset is made of shards that are there already, and no text is read."""
+        return bool(self.merge) or self.name == "fineweb-10b-gpt2"
 
     def check_near(self):
         """Raise ValueError where the search for near-duplicates would miss many, or cannot work."""
@@ -141,7 +157,7 @@ class PrepareConfig:
         found *= math.erfc((self.near_threshold - similarity) / spread / math.sqrt(2)) / 2 if similarity < 1 else 1
         if found < 0.95:
             raise ValueError(
-                f"near_bands {self.near_bands} of a near_signature of {self.near_signature} find {found:.0%} of the pairs "
+                f"near_bands {self.near_bands} and near_signature {self.near_signature} find {found:.0%} of the pairs "
                 f"of similarity {similarity:.2f}; take more bands, or a longer signature"
             )
 
@@ -153,6 +169,10 @@ CHOICES = {
     "clean": ("none", "basic", "web"),
     "dedupe": ("none", "exact", "near"),
 }
+
+
+APART = ("name", "merge", "processes", "data_dir")  # what does not tell how text is read and what becomes of it
+READING = tuple(field.name for field in fields(PrepareConfig) if field.name not in APART)
 
 
 @dataclass
@@ -176,7 +196,7 @@ NAMED = {
         separator="<|endoftext|>",
         repository="roneneldan/TinyStories",
         revision="f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
-        prefix="TinyStoriesV2-GPT4-",
+        prefix="TinyStoriesV2-GPT4-train",
     ),
     "fineweb-edu-10b": Named(
         "gpt2",
@@ -772,13 +792,10 @@ def pyarrow(what: str):
 
 
 def open_zst(file):
-    try:
-        from compression import zstd  # Python 3.14
-    except ImportError:
-        return pyarrow("a .zst file").CompressedInputStream(file, "zstd")
-    return zstd.open(file)
+    return zstd.open(file) if zstd else pyarrow("a .zst file").CompressedInputStream(file, "zstd")
 
 
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error) + ((zstd.ZstdError,) if zstd else ())
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": open_zst}
 
 
@@ -816,8 +833,8 @@ class Reader:
     `tally` counts what is skipped; `done` of `total` bytes of the files are read. Raises Failure.
     """
 
-    def __init__(self, settings: PrepareConfig, sources: str | list[Path]):
-        self.settings, self.tally, self.done = settings, Tally(), 0
+    def __init__(self, settings: PrepareConfig, sources: str | list[Path], setting: str = "source"):
+        self.settings, self.setting, self.tally, self.done = settings, setting, Tally(), 0
         self.named = set()  # files that were named themselves, not found in a folder
         self.files = list(dict.fromkeys(self.find_files(sources) if isinstance(sources, str) else sources))
         self.sizes = {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in self.files}
@@ -839,7 +856,7 @@ class Reader:
             if not files:
                 links = self.tally.documents["symbolic link"]
                 hint = f" ({links} symbolic links were not followed; name them, as in '{path}/*')" if links else ""
-                raise Failure(f"--source={path}: there is no such file, or a folder without text{hint}")
+                raise Failure(f"--{self.setting}={path}: there is no such file, or a folder without text{hint}")
             yield from files
 
     def match(self, pattern: Path) -> list[Path]:
@@ -865,6 +882,10 @@ class Reader:
     def kind(self, path: Path) -> str:
         """How to read a file: as the settings say, or by its suffix under that of its compression."""
         suffix = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+        if suffix == ".json" and path in self.named and not self.settings.format:
+            raise Failure(
+                f"{path}: make it .jsonl, an object a line; or say --format=jsonl, or --format=text for all of it"
+            )
         return self.settings.format or SUFFIXES.get(suffix.lower(), "text")
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -872,7 +893,7 @@ class Reader:
             before = self.done
             try:
                 yield from self.read_file(path)
-            except (EOFError, lzma.LZMAError, zlib.error) as error:
+            except DAMAGED as error:
                 self.problem("damaged file", f"{path} is cut or damaged: {error}")
             except OSError as error:
                 if error.errno:  # the system's; a decompressor's have none
@@ -891,23 +912,27 @@ class Reader:
                 encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if block.startswith(mark)), "utf-8")
                 if encoding == "utf-8" and b"\0" in block[:4096]:
                     if path in self.named:
-                        raise Failure(f"{path} is binary, not text: it has NUL bytes at its beginning")
-                    self.tally.drop("binary", str(path))
+                        self.problem("binary", f"{path} is binary, not text: it has NUL bytes at its beginning")
+                    else:
+                        self.tally.drop("binary", str(path))
                     return
                 blocks = self.decode(block, stream, file, encoding, path)
                 if self.kind(path) == "jsonl":
-                    yield from self.read_json_lines(lines_of(blocks, path), path)
+                    yield from self.read_json_lines(lines_of(blocks), path)
                 elif self.kind(path) == "csv":
-                    yield from self.read_csv(lines_of(blocks, path), path)
-                elif self.settings.separator:
-                    parted = groupby(lines_of(blocks, path), lambda line: line.strip() == self.settings.separator)
+                    yield from self.read_csv(lines_of(blocks), path)
+                elif separator := self.settings.separator.strip():
+                    parted = groupby(lines_of(blocks), lambda line: line.strip() == separator)
                     texts = (text for is_separator, lines in parted if not is_separator for text in in_pieces(lines))
                     yield from ((text, str(path)) for text in texts)
                 else:
                     yield from ((text, str(path)) for text in in_pieces(blocks))
 
     def decode(self, block: bytes, stream, file, encoding: str, path: Path) -> Iterator[str]:
-        """The text of `block`, the first of `stream`, and of those behind it."""
+        """The text of a stream by blocks, less its byte-order mark. The first block was read to see the encoding.
+
+        file: what lies under the decompressing stream, for how far that is. Raises Failure.
+        """
         decoder = codecs.getincrementaldecoder(encoding)(
             "strict" if self.settings.invalid_bytes == "refuse" else "replace"
         )
@@ -918,7 +943,8 @@ class Reader:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 where = f"{path} is not {encoding} text: {error.reason} at byte {read - held + error.start}"
-                raise Failure(f"{where}; --invalid_bytes=replace puts U+FFFD there") from None
+                self.problem("invalid bytes", f"{where}; --invalid_bytes=replace puts U+FFFD there")
+                return
             if file.seekable():
                 self.done = before + file.tell()
             yield text.removeprefix(mark)
@@ -980,7 +1006,7 @@ class Reader:
             self.problem("missing field", message)
 
 
-def lines_of(blocks: Iterable[str], path: Path) -> Iterator[str]:
+def lines_of(blocks: Iterable[str]) -> Iterator[str]:
     """Text by blocks as lines with their ends. Raises EOFError where one is too long to be a row."""
     rest = ""
     for block in blocks:
@@ -1134,6 +1160,7 @@ class HashSet:
 # ---- cleaning: `basic` mends text; `web` also drops what published rules take for no running text
 # Gopher: Rae et al. 2021, appendix A.1.1. C4: Raffel et al. 2020, section 2.2.
 
+LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")  # of other systems, of pages, and Unicode's own
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")  # all but tab and line end, and byte-order marks
 BULLETS = ("•", "‣", "◦", "▪", "●", "- ", "* ")
 ELLIPSES = ("...", "…")
@@ -1153,7 +1180,7 @@ SENTENCE_END = re.compile("[.!?][\"”')]*(?=\\s|$)")
 
 def mend(text: str) -> str:
     """Text in Unicode's composed form (NFC), its lines ended by one line feed, without control characters."""
-    text = CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = CONTROL_CHARACTERS.sub("", LINE_ENDS.sub("\n", text))
     return unicodedata.normalize("NFC", text)
 
 
@@ -1161,7 +1188,7 @@ def drop_lines(text: str, settings: PrepareConfig, dropped: Counter) -> str:
     """Text without the lines that C4 drops from a page that stays; they are counted in `dropped`."""
     if settings.drop_unfinished_lines:
         text = keep_lines(text, "unfinished line", is_finished, dropped)
-    if is_boilerplate(text):  # somewhere
+    if settings.drop_boilerplate and is_boilerplate(text):  # somewhere
         text = keep_lines(text, "boilerplate line", lambda line: not is_boilerplate(line), dropped)
     return text
 
@@ -1293,7 +1320,7 @@ def curly_brackets(page: Page, settings: PrepareConfig) -> bool:
 
 def lorem_ipsum(page: Page, settings: PrepareConfig) -> bool:
     """C4: no placeholder text."""
-    return "lorem ipsum" in page.text.lower()
+    return settings.drop_boilerplate and "lorem ipsum" in page.text.lower()
 
 
 RULES = (
@@ -1401,7 +1428,7 @@ def similar_pairs(signatures: np.ndarray, stay: np.ndarray, bands: int, threshol
 
     Of many that share a band each is compared with the first and with the eight behind it.
     """
-    pairs, progress = [stay[:0]], Progress("bands compared", bands)
+    pairs, progress = stay[:0], Progress("bands compared", bands)
     rows, count = signatures.shape[1] // bands, len(signatures)
     for number in range(1, bands + 1):
         keys = np.zeros(len(stay), dtype=np.uint64)
@@ -1410,17 +1437,18 @@ def similar_pairs(signatures: np.ndarray, stay: np.ndarray, bands: int, threshol
         order = np.argsort(keys, kind="stable")
         new = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))  # the places where another key begins
         leaders = np.repeat(new, np.diff(new, append=len(keys)))
-        places = np.flatnonzero(leaders < np.arange(len(keys)))
+        places, found = np.flatnonzero(leaders < np.arange(len(keys))), [pairs]
         for back in range(9):  # 0 stands for the first with the same key
             others = places - back if back else leaders[places]
             chosen = np.flatnonzero(others > leaders[places]) if back else np.arange(len(places))
             for some in np.array_split(chosen, len(chosen) // 100_000 + 1):
                 first, second = stay[order[others[some]]], stay[order[places[some]]]
                 alike = similarity(signatures[first], signatures[second]) >= threshold
-                pairs.append(second[alike] * count + first[alike])
+                found.append(second[alike] * count + first[alike])
+        pairs = np.unique(np.concatenate(found))
         progress.update(number)
     progress.close()
-    return np.stack(np.divmod(np.unique(np.concatenate(pairs)), count), axis=1)
+    return np.stack(np.divmod(pairs, max(count, 1)), axis=1)
 
 
 # ---- the way from documents to a dataset
@@ -1535,7 +1563,8 @@ def read_texts(path: Path, spans: np.ndarray) -> Iterator[str]:
 def clean_part(settings: PrepareConfig, forbidden: Path | None, part: list[tuple[str, str]]) -> tuple:
     """Clean documents, given with where each stands; return the texts, documents, signatures and tally for a Corpus.
 
-    forbidden: a file with the hashes of n-grams that no training document may hold.
+    A document's own hash decides whether it is for validation. forbidden: a file with the hashes of n-grams that no
+    document may hold.
     """
     tally, texts, documents, signatures = Tally(), [], [], []
     for original, where in part:
@@ -1545,7 +1574,7 @@ def clean_part(settings: PrepareConfig, forbidden: Path | None, part: list[tuple
         is_val = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64 < settings.val_fraction
         if words is None and (settings.dedupe == "near" or forbidden):
             words, _ = hash_words(text)
-        if not reason and forbidden and not is_val:
+        if not reason and forbidden:
             shared = load_hashes(forbidden).find(hash_ngrams(words, CONTAMINATION_WORDS))
             reason = "contaminated" if len(shared) else ""
         if reason:
@@ -1579,11 +1608,15 @@ def forbidden_ngrams(settings: PrepareConfig, folder: Path) -> Path | None:
     """A file of the n-grams in the texts that --decontaminate names; None where it names none."""
     if not settings.decontaminate:
         return None
-    texts = (text for text, _ in Reader(settings, settings.decontaminate))
-    mended = map(mend, texts) if settings.clean != "none" else texts
-    ngrams = [hash_ngrams(hash_words(text)[0], CONTAMINATION_WORDS) for text in mended]
-    if not sum(map(len, ngrams)):
+    ngrams, short = [], 0
+    for text, _ in Reader(replace(settings, on_error="stop"), settings.decontaminate, "decontaminate"):
+        words, _ = hash_words(mend(text) if settings.clean != "none" else text)
+        ngrams.append(hash_ngrams(words, CONTAMINATION_WORDS))
+        short += not len(ngrams[-1])
+    if short == len(ngrams):
         raise Failure(f"--decontaminate={settings.decontaminate}: no text of {CONTAMINATION_WORDS} words or more")
+    few = f"; {short:,} have fewer than {CONTAMINATION_WORDS} words and cannot be found" if short else ""
+    print(f"looking for {len(ngrams):,} texts of {settings.decontaminate}{few}", flush=True)
     return save_hashes(np.unique(np.concatenate(ngrams)), folder)
 
 
@@ -1600,10 +1633,10 @@ def parts_of(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
         yield part
 
 
-def collect(settings: PrepareConfig, reader: Reader, workers: Workers, work: Path) -> Corpus:
+def collect(settings: PrepareConfig, reader: Reader, forbidden: Path | None, workers: Workers, work: Path) -> Corpus:
     """Read and clean all documents. Raises Failure."""
     progress = Progress("bytes read", reader.total)
-    clean_one = partial(clean_part, settings, forbidden_ngrams(settings, work))
+    clean_one = partial(clean_part, settings, forbidden)
     tally, parts = Tally(), [np.zeros(0, dtype=DOCUMENT)]
     with open(work / "texts", "wb") as text_file, open(work / "signatures", "wb") as signature_file:
         for texts, documents, signatures, part_tally in workers.map(clean_one, parts_of(reader)):
@@ -1644,7 +1677,7 @@ def drop_repeated(reason: str, corpus: Corpus, order: np.ndarray, originals: np.
         corpus.tally.bytes[name] += int(corpus.documents["bytes"][dropped])
         if corpus.tally.documents[name] <= 3:
             pair = [text[:300] for text in read_texts(corpus.texts, spans[[dropped, kept]])]
-            corpus.tally.show(name, f"document {dropped}, as {kept}", " ⟷ ".join(pair))
+            corpus.tally.show(name, "it and the one that stays", " ⟷ ".join(pair))
     return order[originals == np.arange(len(order))]
 
 
@@ -1774,13 +1807,15 @@ def measure_overlap(workers: Workers, texts: Path, spans: np.ndarray, work: Path
 
 def build(settings: PrepareConfig, work: Path, folder: Path) -> dict:
     """Turn the text that the settings name into a dataset in `folder`; return its manifest."""
+    forbidden = forbidden_ngrams(settings, work)
     reader = open_source(settings)
     encoding = None if bpe_size(settings.tokenizer) else load_tokenizer(settings.tokenizer, Path(settings.data_dir))
     with Workers(settings.processes) as workers:
-        corpus = collect(settings, reader, workers, work)
+        corpus = collect(settings, reader, forbidden, workers, work)
         kept = deduplicate(settings, corpus)
         spans, is_cut = corpus.spans()[kept], False
-        if not 0 < spans[:, 0].sum() < len(spans):  # no whole document can be spared for one of the splits
+        held = sizes_of(spans[spans[:, 0] == 1]).sum() / sizes_of(spans).sum()
+        if not 1 / 8 < held / settings.val_fraction < 4 or held == 1:  # there are too few documents to part them whole
             spans, is_cut = cut_spans(corpus.texts, spans, settings.val_fraction), True
         if not all(sizes_of(spans[spans[:, 0] == split]).sum() for split in (0, 1)):
             raise Failure(f"{settings.source or settings.name}: too little text for a training and a validation split")
@@ -1815,13 +1850,16 @@ def manifest_of(settings: PrepareConfig, folder: Path, tokenizer: str, splits: d
 
 def made_from(settings: PrepareConfig) -> dict:
     """The settings that decide what a dataset holds."""
-    return {name: value for name, value in asdict(settings).items() if name not in ("name", "processes", "data_dir")}
+    names = ("merge",) if settings.takes_shards() else READING
+    return {name: getattr(settings, name) for name in names}
 
 
 def merge(settings: PrepareConfig, folder: Path) -> dict:
     """Join the shards of several datasets, as links to the same files where the disk can; return the manifest."""
     parts = [Path(part).expanduser() for part in settings.merge.split(",") if part]
     manifests = []
+    if not parts or len({part.resolve() for part in parts}) < len(parts):
+        raise Failure(f"--merge={settings.merge}: name at least one folder, and none twice")
     for part in parts:
         if not (part / "manifest.json").exists():
             raise Failure(f"--merge: {part} holds no manifest.json, so it is no dataset of ours")
@@ -1957,6 +1995,10 @@ def report(manifest: dict, examples: dict) -> str:
     lines = [f"# {manifest['name']}", "", describe(manifest).split("\n")[0] + ".", ""]
     lines += ["| | documents | bytes |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {count:,} | {size:,} |" for name, count, size in rows]
+    lines += [
+        "",
+        "Bytes read, and those dropped by a rule, are counted before cleaning. Skipped files count as documents.",
+    ]
     if manifest.get("documents_cut_in_two"):
         lines += ["", "No whole document could be spared for validation: the end of each is kept for it."]
     if manifest.get("lines_dropped"):
@@ -1964,7 +2006,10 @@ def report(manifest: dict, examples: dict) -> str:
         lines += ["", f"Dropped from within documents that stay: {dropped}."]
     if "validation_overlap" in manifest:
         share = f"{manifest['validation_overlap']:.2%}"
-        lines += ["", f"Of 13 words in a row of the validation text, {share} stand in the training text, too."]
+        lines += [
+            "",
+            f"Of 13 words in a row of the first MB of validation text, {share} stand in the training text, too.",
+        ]
     if manifest.get("lengths"):
         most = max(manifest["lengths"].values())
         lines += ["", "| bytes a document | documents kept | |", "| ---: | ---: | --- |"]
@@ -1994,7 +2039,8 @@ def draw_lengths(manifest: dict, folder: Path):
 
 def main(settings: PrepareConfig):
     folder = prepare(settings)
-    print(f"train on it: python train.py config/small.py --dataset={folder.name} --out_dir=out/{folder.name}")
+    where = f" --data_dir={settings.data_dir}" if settings.data_dir != "data" else ""
+    print(f"train on it: python train.py config/small.py --dataset={folder.name}{where} --out_dir=out/{folder.name}")
 
 
 if __name__ == "__main__":

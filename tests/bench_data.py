@@ -47,7 +47,7 @@ def show(name: str, values, unit: str):
 
 
 def read(settings: PrepareConfig, workers: prepare_data.Workers, work: Path) -> prepare_data.Corpus:
-    return prepare_data.collect(settings, prepare_data.open_source(settings), workers, work)
+    return prepare_data.collect(settings, prepare_data.open_source(settings), None, workers, work)
 
 
 def bench_stages(settings: BenchConfig, work: Path):

@@ -165,11 +165,12 @@ def test_a_folder_is_read_in_order_and_without_what_is_hidden(tmp_path):
         ("q/**", "q/a.txt q/r/b.txt"),
         ("one,two.txt", "one,two.txt"),
         ("[1].txt", "[1].txt"),
+        ("q/.r/*,.a.txt", "q/.r/a.txt .a.txt"),
         ("~/a.txt,~/q", "a.txt q/a.txt q/r/b.txt"),
     ],
 )
 def test_lists_and_patterns_name_each_file_once_and_in_order(tmp_path, monkeypatch, sources, found):
-    for name in ("a.txt", "b.txt", "one,two.txt", "[1].txt", "q/a.txt", "q/r/b.txt"):
+    for name in ("a.txt", "b.txt", "one,two.txt", "[1].txt", "q/a.txt", "q/r/b.txt", ".a.txt", "q/.r/a.txt"):
         write(tmp_path / name, name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -725,12 +726,13 @@ def test_killed_workers_end_the_run(tmp_path, much_text, answering):
 
 
 def test_workers_end_with_their_parent_and_the_next_run_succeeds(tmp_path, much_text):
-    process = start_with_workers(tmp_path, much_text)
-    wait_for_work(tmp_path)
-    process.kill()
-    finish(process, seconds=10)
-    assert names(tmp_path / "data") == [".mine", ".mine.lock"]
-    source = write(tmp_path / "some.jsonl", b"".join(much_text.read_bytes().splitlines(True)[:35]))
+    for moment in (lambda _: time.sleep(0.2), wait_for_work):
+        process = start_with_workers(tmp_path, much_text)
+        moment(tmp_path)
+        process.kill()
+        finish(process, seconds=10)
+        assert names(tmp_path / "data") == [".mine", ".mine.lock"]
+    source = write(tmp_path / "some.jsonl", b"".join(much_text.read_bytes().splitlines(True)[:55]))
     folder = prepare_data.prepare(settings_for(tmp_path, source, processes=2))
     assert names(folder.parent) == [".mine.lock", "mine"]
     calm = prepare_data.prepare(settings_for(tmp_path, source, data_dir=str(tmp_path / "calm")))
