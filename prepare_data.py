@@ -78,7 +78,7 @@ class PrepareConfig:
     invalid_bytes: str = "refuse"  # bytes that are no text in a file's encoding: refuse, or replace by U+FFFD
     on_error: str = "stop"  # what cannot be read (a file, a line, bytes that are no text): stop, or skip and count it
     tokenizer: str = (
-        ""  # gpt2, bytes, bpe:N or bpe:N:gpt4 (trained here), FILE.tiktoken; "" = the dataset's own, or gpt2
+        ""  # gpt2, bytes, bpe:N or bpe:N:gpt4 (made here), a .tiktoken file; "" = the dataset's own, or gpt2
     )
     val_fraction: float = 0.0  # share of documents for validation, chosen by their hash; 0 = 0.1, or the dataset's own
     clean: str = "basic"  # none, basic (Unicode NFC, line ends, no control characters), web (the rules below as well)
@@ -129,6 +129,8 @@ class PrepareConfig:
             idle = [name for name in READING if getattr(self, name) != getattr(PrepareConfig(self.name), name)]
             if idle:
                 raise ValueError(f"{idle[0]} has no effect here: shards are taken as they are; leave it out")
+        if self.source == self.decontaminate == "-":
+            raise ValueError("source and decontaminate cannot both be standard input")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(filter(None, choices))}")
@@ -449,7 +451,7 @@ def load_tokenizer(name: str, data_dir: Path) -> tiktoken.Encoding:
     """The tokenizer `name`: gpt2 (fetched once), bytes, or the path of a .tiktoken file. Raises Failure."""
     if name == "bytes":
         return make_tokenizer([bytes([byte]) for byte in range(256)], name)
-    path = gpt2_ranks(data_dir) if name == "gpt2" else Path(name.removesuffix(":gpt4")).expanduser()
+    path = gpt2_ranks(data_dir) if name == "gpt2" else Path(os.path.expanduser(name.removesuffix(":gpt4")))
     try:
         return read_tokenizer(path.read_text(encoding="ascii", errors="replace"), name)
     except FileNotFoundError:
@@ -862,7 +864,10 @@ class Reader:
     def match(self, pattern: Path) -> list[Path]:
         """The files and folders that a pattern fits, hidden ones only where it names them."""
         names = {"..", *pattern.parts}
-        found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+        try:
+            found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+        except ValueError:  # no pattern
+            return []
         return [path for path in found if not any(part[0] == "." and part not in names for part in path.parts)]
 
     def walk(self, folder: Path) -> Iterator[Path]:
@@ -881,7 +886,7 @@ class Reader:
 
     def kind(self, path: Path) -> str:
         """How to read a file: as the settings say, or by its suffix under that of its compression."""
-        suffix = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+        suffix = Path(path.stem).suffix if path.suffix.lower() in OPENERS else path.suffix
         if suffix == ".json" and path in self.named and not self.settings.format:
             raise Failure(
                 f"{path}: make it .jsonl, an object a line; or say --format=jsonl, or --format=text for all of it"
@@ -893,6 +898,8 @@ class Reader:
             before = self.done
             try:
                 yield from self.read_file(path)
+            except UnicodeError as error:
+                self.problem("invalid bytes", str(error))
             except DAMAGED as error:
                 self.problem("damaged file", f"{path} is cut or damaged: {error}")
             except OSError as error:
@@ -907,7 +914,7 @@ class Reader:
             yield from self.read_parquet(path)
             return
         with sys.stdin.buffer if path == STANDARD_INPUT else open(path, "rb") as file:
-            with OPENERS.get(path.suffix, lambda file: file)(file) as stream:
+            with OPENERS.get(path.suffix.lower(), lambda file: file)(file) as stream:
                 block = stream.read(BLOCK_BYTES)
                 encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if block.startswith(mark)), "utf-8")
                 if encoding == "utf-8" and b"\0" in block[:4096]:
@@ -943,8 +950,7 @@ class Reader:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 where = f"{path} is not {encoding} text: {error.reason} at byte {read - held + error.start}"
-                self.problem("invalid bytes", f"{where}; --invalid_bytes=replace puts U+FFFD there")
-                return
+                raise UnicodeError(f"{where}; --invalid_bytes=replace puts U+FFFD there") from None
             if file.seekable():
                 self.done = before + file.tell()
             yield text.removeprefix(mark)
@@ -1491,7 +1497,8 @@ class Workers:
         return self
 
     def __exit__(self, *_):
-        self.pool.shutdown(cancel_futures=True)
+        with no_interrupt():  # a second Ctrl-C would leave some of them behind
+            self.pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable, parts: Iterable) -> Iterator:
         """Yield function(part) for each part, in the order of the parts, with few of them in memory at once."""
@@ -1512,12 +1519,18 @@ class Workers:
             raise Failure("a process was killed, for want of memory? try fewer --processes", INPUT_OUTPUT) from None
 
     def submit(self, function: Callable, part):
-        """Hand a part to a process. Those that start meanwhile inherit that Ctrl-C is not for them."""
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with no_interrupt():  # the processes that start now inherit that Ctrl-C is not for them
             return self.pool.submit(function, part)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def no_interrupt() -> Iterator:
+    """Ctrl-C has no effect within this."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def end_with_parent():
@@ -1854,18 +1867,24 @@ def made_from(settings: PrepareConfig) -> dict:
     return {name: getattr(settings, name) for name in names}
 
 
+def read_manifest(folder: Path, otherwise: str) -> dict:
+    """The manifest of a dataset of ours. Raises Failure with the message `otherwise`."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return {name: dict(manifest[name]) for name in ("made_from", "tokenizer", "splits", "documents", "bytes")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Failure(otherwise) from None
+
+
 def merge(settings: PrepareConfig, folder: Path) -> dict:
     """Join the shards of several datasets, as links to the same files where the disk can; return the manifest."""
-    parts = [Path(part).expanduser() for part in settings.merge.split(",") if part]
-    manifests = []
+    parts = [Path(os.path.expanduser(part)) for part in settings.merge.split(",") if part]
     if not parts or len({part.resolve() for part in parts}) < len(parts):
         raise Failure(f"--merge={settings.merge}: name at least one folder, and none twice")
-    for part in parts:
-        if not (part / "manifest.json").exists():
-            raise Failure(f"--merge: {part} holds no manifest.json, so it is no dataset of ours")
-        manifests.append(json.loads((part / "manifest.json").read_text(encoding="utf-8")))
-        one, other = (manifest["tokenizer"] for manifest in (manifests[0], manifests[-1]))
-        if (one["sha256"], pattern_of(one["name"])) != (other["sha256"], pattern_of(other["name"])):
+    manifests = [read_manifest(part, f"--merge: {part} holds no manifest.json, so it is no dataset") for part in parts]
+    tokenizers = [(facts["tokenizer"]["sha256"], pattern_of(facts["tokenizer"]["name"])) for facts in manifests]
+    for part, tokenizer in zip(parts, tokenizers):
+        if tokenizer != tokenizers[0]:
             raise Failure(f"--merge: {part} and {parts[0]} have different tokenizers; prepare one of them anew")
     link_or_copy(parts[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     splits = {}
@@ -1959,10 +1978,7 @@ def is_there(folder: Path, settings: PrepareConfig) -> bool:
     """Whether the dataset is made already. Raises Failure where its folder holds something else."""
     if not folder.exists():
         return False
-    try:
-        found = dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["made_from"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Failure(f"{folder} holds something else already; choose another name") from None
+    found = read_manifest(folder, f"{folder} holds something else already; choose another name")["made_from"]
     wanted = made_from(settings)
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
