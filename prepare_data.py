@@ -77,9 +77,7 @@ class PrepareConfig:
     separator: str = ""  # a line that parts the documents in a text file; "" = a file is one document
     invalid_bytes: str = "refuse"  # bytes that are no text in a file's encoding: refuse, or replace by U+FFFD
     on_error: str = "stop"  # what cannot be read (a file, a line, bytes that are no text): stop, or skip and count it
-    tokenizer: str = (
-        ""  # gpt2, bytes, bpe:N or bpe:N:gpt4 (made here), a .tiktoken file; "" = the dataset's own, or gpt2
-    )
+    tokenizer: str = ""  # gpt2, bytes, bpe:N or bpe:N:gpt4 (made here), a .tiktoken file; "" = the dataset's, or gpt2
     val_fraction: float = 0.0  # share of documents for validation, chosen by their hash; 0 = 0.1, or the dataset's own
     clean: str = "basic"  # none, basic (Unicode NFC, line ends, no control characters), web (the rules below as well)
     dedupe: str = "exact"  # none, exact (but for case and white space), near (similar ones as well)
@@ -1044,14 +1042,14 @@ SHAKESPEARE = (
 )
 
 
-def open_source(settings: PrepareConfig) -> Reader:
-    """A reader of what the settings name; a dataset from elsewhere is downloaded first."""
-    downloads, named = Path(settings.data_dir) / "downloads", NAMED.get(settings.name)
+def open_named(settings: PrepareConfig) -> Reader:
+    """A reader of a named dataset, which is downloaded first where it is from elsewhere."""
+    downloads, named = Path(settings.data_dir) / "downloads", NAMED[settings.name]
     if settings.name == "shakespeare":
         return Reader(settings, [fetch(downloads / "tinyshakespeare.txt", *SHAKESPEARE)])
     if settings.name == "stdlib":
         return Reader(settings, stdlib_files())
-    return Reader(settings, download_all(named, downloads / settings.name) if named else settings.source)
+    return Reader(settings, download_all(named, downloads / settings.name))
 
 
 def stdlib_files() -> list[Path]:
@@ -1821,8 +1819,9 @@ def measure_overlap(workers: Workers, texts: Path, spans: np.ndarray, work: Path
 def build(settings: PrepareConfig, work: Path, folder: Path) -> dict:
     """Turn the text that the settings name into a dataset in `folder`; return its manifest."""
     forbidden = forbidden_ngrams(settings, work)
-    reader = open_source(settings)
+    reader = Reader(settings, settings.source) if settings.source else None  # what is missing shows before a download
     encoding = None if bpe_size(settings.tokenizer) else load_tokenizer(settings.tokenizer, Path(settings.data_dir))
+    reader = reader or open_named(settings)
     with Workers(settings.processes) as workers:
         corpus = collect(settings, reader, forbidden, workers, work)
         kept = deduplicate(settings, corpus)

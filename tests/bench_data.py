@@ -46,8 +46,12 @@ def show(name: str, values, unit: str):
     print(f"{name:<52} {statistics.median(values):8.2f} {unit} ({min(values):.2f} to {max(values):.2f})", flush=True)
 
 
+def reader_of(settings: PrepareConfig) -> prepare_data.Reader:
+    return prepare_data.Reader(settings, settings.source) if settings.source else prepare_data.open_named(settings)
+
+
 def read(settings: PrepareConfig, workers: prepare_data.Workers, work: Path) -> prepare_data.Corpus:
-    return prepare_data.collect(settings, prepare_data.open_source(settings), None, workers, work)
+    return prepare_data.collect(settings, reader_of(settings), None, workers, work)
 
 
 def bench_stages(settings: BenchConfig, work: Path):
@@ -108,7 +112,7 @@ def bench_merges(settings: BenchConfig, work: Path):
 
 def bench_memory(settings: BenchConfig, work: Path):
     """The most memory that prepare_data.py and its processes hold together while they prepare one large file."""
-    words = " ".join(" ".join(text.split()) for text, _ in prepare_data.open_source(replace(settings, on_error="skip")))
+    words = " ".join(" ".join(text.split()) for text, _ in reader_of(settings))
     for lines in ("one line", "many lines"):
         source = work / "large.txt"
         with open(source, "w", encoding="utf-8") as file:

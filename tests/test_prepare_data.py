@@ -284,7 +284,7 @@ def test_the_command_line_trains_a_tokenizer(tmp_path):
 
 
 def test_the_stdlib_dataset_is_the_modules_without_tests():
-    documents = [text for text, _ in prepare_data.open_source(PrepareConfig(name="stdlib"))]
+    documents = [text for text, _ in prepare_data.open_named(PrepareConfig(name="stdlib"))]
     assert 300 < len(documents) and 5e6 < sum(map(len, documents)) < 50e6
     assert any("class HTTPConnection:" in document for document in documents)
     assert not any("class BaseTaskTests" in document for document in documents)  # of test_asyncio
