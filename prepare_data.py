@@ -1376,8 +1376,8 @@ def sign(words: np.ndarray, size: int) -> np.ndarray:
     """A document's signature, uint8 (size,): two agree in about the share of 5-grams of words that they share.
 
     words: hashes of its words. One permutation hashing with optimal densification (Li et al. 2012, Shrivastava 2017):
-    5-grams are dealt into `size` bins by their upper bits, each bin keeps its least hash, an empty bin takes that of the
-    first filled one among those it asks. One byte of each is kept (b-bit minwise hashing, Li and König 2010).
+    5-grams are dealt into `size` bins by their upper bits, each bin keeps its least hash, an empty bin takes that
+    of the first filled one it asks. One byte of each is kept (b-bit minwise hashing, Li and König 2010).
     """
     ngrams = hash_ngrams(words, max(1, min(5, len(words))))
     least = np.full(size, 2**64 - 1, dtype=np.uint64)

@@ -522,6 +522,7 @@ def test_what_is_missing_is_refused(tmp_path, monkeypatch, source):
 
 
 def test_what_may_not_be_read_is_refused_or_skipped(tmp_path):
+    write(tmp_path / "texts" / "good.txt", "good")
     file = write(tmp_path / "texts" / "deeper" / "a.txt", "text")
     for path in (file, file.parent):
         path.chmod(0)
