@@ -1912,7 +1912,8 @@ def merge(settings: PrepareConfig, folder: Path) -> dict:
 def adopt(settings: PrepareConfig, folder: Path) -> dict:
     """Make a dataset of the Hub's shards of tokens, as they are; return the manifest."""
     encoding = load_tokenizer(settings.tokenizer, Path(settings.data_dir))
-    sizes = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(encoding.eot_token)] + [0])
+    sizes = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.eot_token)] + [0]
+    sizes = np.array(sizes, dtype=np.uint16)  # bytes a token
     (folder / "tokenizer.tiktoken").write_text(write_tokenizer(encoding), encoding="ascii", newline="")
     splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in SPLITS}
     paths = download_all(NAMED[settings.name], Path(settings.data_dir) / "downloads" / settings.name)
@@ -1927,7 +1928,7 @@ def adopt(settings: PrepareConfig, folder: Path) -> dict:
         facts["shards"].append({"file": path.name, "tokens": len(tokens), "sha256": sha256_of(path)})
         facts["tokens"] += len(tokens)
         facts["documents"] += int(np.count_nonzero(tokens == encoding.eot_token))
-        facts["bytes"] += int(sizes[tokens].sum())
+        facts["bytes"] += int(sizes[tokens].sum(dtype=np.int64))
         progress.update(number)
     progress.close()
     splits["val"]["compressed_bits_per_byte"] = {}
