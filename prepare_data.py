@@ -1088,6 +1088,16 @@ SYMBOLS = (  # that are no letters: first and last three bytes in UTF-8, and how
     (0xEFBC9A, 0xEFBCA0, 3),
     (0xF09F00, 0xF09FFF, 4),  # emoji
 )
+SPACES = (  # likewise: the white space beyond ASCII
+    (0xC28500, 0xC285FF, 2),
+    (0xC2A000, 0xC2A0FF, 2),
+    (0xE19A80, 0xE19A80, 3),
+    (0xE28080, 0xE2808A, 3),
+    (0xE280A8, 0xE280A9, 3),
+    (0xE280AF, 0xE280AF, 3),
+    (0xE2819F, 0xE2819F, 3),
+    (0xE38080, 0xE38080, 3),
+)
 
 
 def mix(hashes: np.ndarray) -> np.ndarray:
@@ -1109,7 +1119,7 @@ def hash_words(text: str) -> tuple[np.ndarray, np.ndarray]:
     none of SYMBOLS counts as a letter. Its hash is the sum of random numbers, one for each of its bytes at its place.
     """
     data = np.frombuffer(bytearray(b"   " + text.lower().encode().translate(WORD_BYTES) + b"   "), dtype=np.uint8)
-    blank_symbols(data)
+    blank(data, SYMBOLS)
     # below, [3:] is each byte, [2:-1] the one before it, and [:-3] the one three before, where a lone character begins
     inside, single = data != ord(" "), (data >= 0xE3) & (data <= 0xE9)  # what such characters' three bytes begin with
     starts = inside[3:] & (~inside[2:-1] | single[3:] | single[:-3])
@@ -1123,11 +1133,11 @@ def hash_words(text: str) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(BYTE_HASHES[places.astype(np.uint16) << 8 | data], starts), sizes
 
 
-def blank_symbols(data: np.ndarray):
-    """Make spaces of SYMBOLS in UTF-8, uint8 (bytes,), which ends with at least three spaces."""
+def blank(data: np.ndarray, characters: tuple):
+    """Make spaces of SYMBOLS or SPACES in UTF-8, uint8 (bytes,), which ends with at least three spaces."""
     begins = np.flatnonzero(data >= 0xC2)  # of characters beyond ASCII
     codes = sum(data[begins + place].astype(np.uint32) << (16 - 8 * place) for place in range(3))
-    for first, last, size in SYMBOLS:
+    for first, last, size in characters:
         for place in range(size):
             data[begins[(codes >= first) & (codes <= last)] + place] = ord(" ")
 
@@ -1166,8 +1176,10 @@ class HashSet:
 # ---- cleaning: `basic` mends text; `web` also drops what published rules take for no running text
 # Gopher: Rae et al. 2021, appendix A.1.1. C4: Raffel et al. 2020, section 2.2.
 
-LINE_ENDS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")  # of other systems, of pages, and Unicode's own
-CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")  # all but tab and line end, and byte-order marks
+LINE_ENDS = bytes.maketrans(b"\r\x0b\x0c", b"\n\n\n")  # of old systems, and of pages
+CONTROL_CHARACTERS = bytes({*range(32), 127} - {*b"\t\n\r\x0b\x0c"})  # to be dropped
+RARE_LINE_ENDS, RARE_CONTROLS = re.compile("[\x85\u2028\u2029]"), re.compile("[\x80-\x9f\ufeff]")
+RARE = (b"\xc2", b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xef\xbb\xbf")  # one of these is in a text with one of those
 BULLETS = ("•", "‣", "◦", "▪", "●", "- ", "* ")
 ELLIPSES = ("...", "…")
 LETTERS = np.array([byte >= 128 or chr(byte).isalpha() for byte in range(256)])  # beyond ASCII all count as letters
@@ -1186,7 +1198,10 @@ SENTENCE_END = re.compile("[.!?][\"”')]*(?=\\s|$)")
 
 def mend(text: str) -> str:
     """Text in Unicode's composed form (NFC), its lines ended by one line feed, without control characters."""
-    text = CONTROL_CHARACTERS.sub("", LINE_ENDS.sub("\n", text))
+    data = text.encode().replace(b"\r\n", b"\n").translate(LINE_ENDS, CONTROL_CHARACTERS)
+    text = data.decode()
+    if any(mark in data for mark in RARE):
+        text = RARE_CONTROLS.sub("", RARE_LINE_ENDS.sub("\n", text))
     return unicodedata.normalize("NFC", text)
 
 
@@ -1224,8 +1239,8 @@ class Page:
         self.text = text
         self.lines = [line for line in map(str.strip, text.split("\n")) if line]
         self.paragraphs = [part for part in map(str.strip, re.split(r"\n\s*\n", text)) if part]
-        spaced = text if text.isascii() else " ".join(text.split())  # by white space beyond ASCII as well
-        data = np.frombuffer(b" " + spaced.encode(), dtype=np.uint8)
+        data = np.frombuffer(bytearray(b" " + text.encode() + b"   "), dtype=np.uint8)
+        blank(data, SPACES)
         white = data <= ord(" ")
         starts = np.flatnonzero(white[:-1] & ~white[1:]) + 1
         self.words = len(starts)
@@ -1288,11 +1303,14 @@ def top_ngrams(page: Page, settings: PrepareConfig) -> bool:
     for n in (2, 3, 4):
         ngrams = hash_ngrams(page.hashes, n)
         values, counts = np.unique(ngrams, return_counts=True)
-        if len(values):
-            first = np.argmax(ngrams == values[np.argmax(counts)])
-            share = counts.max() * page.sizes[first : first + n].sum() / page.sizes.sum()
-            if share > round(max(0, settings.max_top_ngram - 0.02 * (n - 2)), 9):
-                return True
+        if not len(values):
+            return False
+        first = np.argmax(ngrams == values[np.argmax(counts)])
+        share = counts.max() * page.sizes[first : first + n].sum() / page.sizes.sum()
+        if share > round(max(0, settings.max_top_ngram - 0.02 * (n - 2)), 9):
+            return True
+        if counts.max() * 4 * page.sizes.max() <= (settings.max_top_ngram - 0.04) * page.sizes.sum():
+            return False  # no 3 or 4 words occur more often than 2 of them
     return False
 
 
@@ -1308,8 +1326,8 @@ def repeated_ngrams(page: Page, settings: PrepareConfig) -> bool:
         share = page.sizes[again].sum() / max(page.sizes.sum(), 1)
         if share > round(max(0, settings.max_repeated_ngrams - 0.01 * (n - 5)), 9):
             return True
-        if not share:
-            return False  # what repeats more words in a row is among what repeats fewer
+        if share <= round(max(0, settings.max_repeated_ngrams - 0.05), 9):
+            return False  # nor will 10 words be too much: what repeats more in a row is among what repeats fewer
     return False
 
 
