@@ -23,6 +23,7 @@ import lzma
 import math
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
@@ -35,12 +36,10 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import chain, groupby, islice, pairwise
+from itertools import chain, cycle, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -1506,40 +1505,82 @@ class Progress:
 
 
 class Workers:
-    """Processes that each do a part of a long task. They start with the second part: small data needs none."""
+    """Processes that each do a part of a long task. They start with the second part: small data needs none.
 
-    def __init__(self, processes: int):
-        self.processes = processes
-        self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    Each has a pipe of its own and shares nothing with the others: whoever is killed, at whatever moment, the others
+    find the end of a pipe, and none waits for what doesn't come.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.processes, self.pipes = count, [], []
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        with no_interrupt():  # a second Ctrl-C would leave some of them behind
-            self.pool.shutdown(cancel_futures=True)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def start(self):
+        context = multiprocessing.get_context("spawn")
+        while len(self.pipes) < self.count:
+            pipe, theirs = context.Pipe()
+            self.processes.append(context.Process(target=work_on, args=(theirs,), daemon=True))
+            with no_interrupt():  # what starts now inherits that Ctrl-C is not for it
+                self.processes[-1].start()
+            theirs.close()  # its process holds the only one
+            self.pipes.append(pipe)
 
     def map(self, function: Callable, parts: Iterable) -> Iterator:
-        """Yield function(part) for each part, in the order of the parts, with few in memory at once. Raises Failure."""
+        """Yield function(part) for each part, in the order of the parts, with few of them in memory at once."""
         parts = iter(parts)
         first = list(islice(parts, 2))
-        if len(first) < 2 or self.processes == 1:
+        if len(first) < 2 or self.count == 1:
             yield from map(function, chain(first, parts))
             return
-        waiting = deque()
-        try:
-            for part in chain(first, parts):
-                waiting.append(self.submit(function, part))
-                if len(waiting) > 2 * self.processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise Failure("a process was killed, for want of memory? try fewer --processes", INPUT_OUTPUT) from None
+        self.start()
+        waiting = deque()  # the pipes that answers will come from, in their order
+        for pipe, part in zip(cycle(self.pipes), chain(first, parts)):
+            if len(waiting) == 2 * self.count:
+                yield answer_of(waiting.popleft())
+            with suppress(OSError):  # its process is gone, as the lack of an answer will tell
+                pipe.send((function, part))
+            waiting.append(pipe)
+        while waiting:
+            yield answer_of(waiting.popleft())
 
-    def submit(self, function: Callable, part):
-        with no_interrupt():  # the processes that start now inherit that Ctrl-C is not for them
-            return self.pool.submit(function, part)
+
+def answer_of(pipe):
+    """What a process made of the oldest part that it has. Raises what went wrong there."""
+    try:
+        answer, error = pipe.recv()
+    except (EOFError, OSError):
+        raise Failure("a process was killed, for want of memory? try fewer --processes", INPUT_OUTPUT) from None
+    if error:
+        raise error
+    return answer
+
+
+def work_on(pipe):
+    """Do one part after another, and end with the process that sends them, even where that was killed."""
+    tasks = queue.SimpleQueue()
+
+    def receive():
+        with suppress(EOFError, OSError):
+            while True:
+                tasks.put(pipe.recv())
+        os._exit(1)
+
+    threading.Thread(target=receive, daemon=True).start()
+    while True:
+        function, part = tasks.get()
+        try:
+            answer = function(part), None
+        except Exception as error:
+            answer = None, error
+        pipe.send(answer)
 
 
 @contextmanager
@@ -1550,12 +1591,6 @@ def no_interrupt() -> Iterator:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def end_with_parent():
-    """Let this process end when the one that started it has ended, even where that was killed."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 PART_CHARACTERS = 1_000_000  # of text that a worker takes at once
