@@ -769,7 +769,7 @@ def read_page(session: requests.Session, url: str, deadline: float, source: str,
 # ---- reading: each source yields its documents, and where each stands, in an order that does not change
 
 BLOCK_BYTES = 1 << 20  # read at once
-DOCUMENT_CHARACTERS = 4_000_000  # a longer text becomes several documents, so that memory stays bounded
+DOCUMENT_CHARACTERS = 2_000_000  # a longer text becomes several documents, so that memory stays bounded
 LINE_CHARACTERS = 64_000_000  # a longer line of JSON or CSV is broken
 STANDARD_INPUT = Path("-")
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
