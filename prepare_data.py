@@ -220,6 +220,7 @@ def available_cores() -> int:
 
 # ---- shards: 256 int32 of header, then tokens; the layout of llm.c, modded-nanogpt and the public FineWeb shards
 
+SPLITS = ("train", "val")
 HEADER_INTS = 256
 FORMATS = {  # type of a token: magic number and version in the header
     np.dtype("<u2"): (20240520, 1),
@@ -358,7 +359,7 @@ class Dataset:
             if hashlib.sha256(text.encode()).hexdigest() != self.manifest["tokenizer"]["sha256"]:
                 raise Failure(f"{folder / 'tokenizer.tiktoken'} differs from its manifest; prepare it anew")
             self.encoding = read_tokenizer(text, self.manifest["tokenizer"]["name"])
-        self.train, self.val = (self.open_split(folder, split, block_size) for split in ("train", "val"))
+        self.train, self.val = (self.open_split(folder, split, block_size) for split in SPLITS)
 
     def open_split(self, folder: Path, split: str, block_size: int) -> Windows:
         windows = Windows(shard_paths(folder, self.manifest, split), block_size, self.encoding.n_vocab)
@@ -583,11 +584,9 @@ def mismatch(path: Path, sha256: str, size: int) -> str:
     found_size = path.stat().st_size
     if size and found_size != size:
         return f"has {found_size:,} bytes, not {size:,}"
-    if not sha256:
+    if not sha256 or (found := sha256_of(path)) == sha256:
         return ""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    return "" if found == sha256 else f"has SHA-256 {found}, not {sha256}"
+    return f"has SHA-256 {found}, not {sha256}"
 
 
 def persist(attempt: Callable, url: str, deadline_seconds: float, advice: str, *more):
@@ -898,16 +897,15 @@ class Reader:
                 yield from self.read_file(path)
             except UnicodeError as error:
                 self.problem("invalid bytes", str(error))
-            except DAMAGED as error:
-                self.problem("damaged file", f"{path} is cut or damaged: {error}")
-            except OSError as error:
-                if error.errno:  # the system's; a decompressor's have none
+            except (*DAMAGED, OSError) as error:
+                if isinstance(error, OSError) and error.errno:  # the system's; a decompressor's have none
                     self.problem("unreadable", f"{path}: {error.strerror}", INPUT_OUTPUT)
                 else:
                     self.problem("damaged file", f"{path} is cut or damaged: {error}")
             self.done = before + self.sizes[path]
 
     def read_file(self, path: Path) -> Iterator[tuple[str, str]]:
+        """The documents of one file, by its kind and the separator. Raises Failure, or what `__iter__` makes one of."""
         if self.kind(path) == "parquet":
             yield from self.read_parquet(path)
             return
@@ -985,6 +983,7 @@ class Reader:
             yield from self.take_text(row.get(self.settings.text_field), list(row), f"{path}:{rows.line_num}")
 
     def read_parquet(self, path: Path) -> Iterator[tuple[str, str]]:
+        """A document a row, 256 rows in memory at once. Raises EOFError where the file is damaged."""
         arrow, column = pyarrow("parquet"), self.settings.text_field
         try:
             with arrow.parquet.ParquetFile(path) as file:
@@ -1595,7 +1594,6 @@ def no_interrupt() -> Iterator:
 
 PART_CHARACTERS = 1_000_000  # of text that a worker takes at once
 CONTAMINATION_WORDS = 13  # in a row, as GPT-3 had it (Brown et al. 2020, appendix C)
-SPLITS = ("train", "val")
 DOCUMENT = np.dtype(
     [
         ("bytes", np.int64),  # of its text
@@ -1638,8 +1636,6 @@ def clean_part(settings: PrepareConfig, forbidden: Path | None, part: list[tuple
     for original, where in part:
         tally.bytes["in"] += len(original.encode())
         text, reason, words = clean(original, settings, tally)
-        data = text.encode()
-        is_val = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64 < settings.val_fraction
         if words is None and (settings.dedupe == "near" or forbidden):
             words, _ = hash_words(text)
         if not reason and forbidden:
@@ -1648,6 +1644,8 @@ def clean_part(settings: PrepareConfig, forbidden: Path | None, part: list[tuple
         if reason:
             tally.drop(reason, where, original)
             continue
+        data = text.encode()
+        is_val = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64 < settings.val_fraction
         squeezed = text.lower().encode().translate(None, b" \t\n\r\x0b\x0c")
         digest = hashlib.sha256(squeezed).digest()[:16]
         texts.append(data)
