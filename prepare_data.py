@@ -21,25 +21,23 @@ import heapq
 import json
 import lzma
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
-import queue
 import re
 import shutil
 import signal
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import chain, cycle, groupby, islice, pairwise
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -218,6 +216,32 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Progress:
+    """One line that shows how far a long task is and the time left; silent in its first two seconds."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total = what, total
+        self.started = time.monotonic()
+        self.every = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines than a terminal
+        self.next = self.started + 2
+        self.shown = False
+
+    def update(self, done: int):
+        now = time.monotonic()
+        if now < self.next:
+            return
+        self.next, self.shown = now + self.every, True
+        left = f", {(now - self.started) * (self.total - done) / max(done, 1):.0f} s left" if self.total else ""
+        line = f"{done:,}{f' of {self.total:,}' if self.total else ''} {self.what}{left}"
+        print(f"\r{line:<70}" if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
+        if not sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    def close(self):
+        if self.shown and sys.stderr.isatty():
+            print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)
+
+
 # ---- shards: 256 int32 of header, then tokens; the layout of llm.c, modded-nanogpt and the public FineWeb shards
 
 SPLITS = ("train", "val")
@@ -270,8 +294,8 @@ def open_shard(path: Path) -> np.memmap:
     raise Failure(f"{path} is not a shard: magic and version are {tuple(header[:2])}, not {list(FORMATS.values())}")
 
 
-def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:
-    return np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 class ShardWriter:
@@ -849,6 +873,8 @@ class Reader:
         """The files that `sources` names, each folder's in the order of their names."""
         for part in [sources] if os.path.exists(os.path.expanduser(sources)) else filter(None, sources.split(",")):
             path = Path(os.path.expanduser(part))
+            if path == STANDARD_INPUT and not sys.stdin:
+                raise Failure(f"--{self.setting}=-: standard input is closed")
             found = [path] if path == STANDARD_INPUT or os.path.exists(path) else self.match(path)
             self.named.update(found)
             files = [file for entry in found for file in (self.walk(entry) if entry.is_dir() else [entry])]
@@ -1477,32 +1503,6 @@ def similar_pairs(signatures: np.ndarray, stay: np.ndarray, bands: int, threshol
 # ---- the way from documents to a dataset
 
 
-class Progress:
-    """One line that shows how far a long task is and the time left; silent in its first two seconds."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total = what, total
-        self.started = time.monotonic()
-        self.every = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file wants fewer lines than a terminal
-        self.next = self.started + 2
-        self.shown = False
-
-    def update(self, done: int):
-        now = time.monotonic()
-        if now < self.next:
-            return
-        self.next, self.shown = now + self.every, True
-        left = f", {(now - self.started) * (self.total - done) / max(done, 1):.0f} s left" if self.total else ""
-        line = f"{done:,}{f' of {self.total:,}' if self.total else ''} {self.what}{left}"
-        print(f"\r{line:<70}" if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
-        if not sys.stderr.isatty():
-            print(file=sys.stderr)
-
-    def close(self):
-        if self.shown and sys.stderr.isatty():
-            print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)
-
-
 class Workers:
     """Processes that each do a part of a long task. They start with the second part: small data needs none.
 
@@ -1540,19 +1540,27 @@ class Workers:
             yield from map(function, chain(first, parts))
             return
         self.start()
-        waiting = deque()  # the pipes that answers will come from, in their order
-        for pipe, part in zip(cycle(self.pipes), chain(first, parts)):
-            if len(waiting) == 2 * self.count:
-                yield answer_of(waiting.popleft())
-            with suppress(OSError):  # its process is gone, as the lack of an answer will tell
-                pipe.send((function, part))
-            waiting.append(pipe)
-        while waiting:
-            yield answer_of(waiting.popleft())
+        tasks, idle, busy = enumerate(chain(first, parts)), list(self.pipes), {}  # busy: the part that each pipe is at
+        answers, following = {}, 0  # those that came before their turn, by part, and the part whose turn it is
+        while True:
+            while idle and len(busy) + len(answers) < 2 * self.count and (task := next(tasks, None)):
+                pipe = idle.pop()
+                busy[pipe], part = task
+                with suppress(OSError):  # its process is gone, as the lack of an answer will tell
+                    pipe.send((function, part))
+            if following in answers:
+                yield answers.pop(following)
+                following += 1
+            elif busy:
+                for pipe in multiprocessing.connection.wait(busy):
+                    answers[busy.pop(pipe)] = answer_of(pipe)
+                    idle.append(pipe)
+            else:
+                return
 
 
 def answer_of(pipe):
-    """What a process made of the oldest part that it has. Raises what went wrong there."""
+    """What a process made of its part. Raises what went wrong there."""
     try:
         answer, error = pipe.recv()
     except (EOFError, OSError):
@@ -1563,23 +1571,15 @@ def answer_of(pipe):
 
 
 def work_on(pipe):
-    """Do one part after another, and end with the process that sends them, even where that was killed."""
-    tasks = queue.SimpleQueue()
-
-    def receive():
-        with suppress(EOFError, OSError):
-            while True:
-                tasks.put(pipe.recv())
-        os._exit(1)
-
-    threading.Thread(target=receive, daemon=True).start()
-    while True:
-        function, part = tasks.get()
-        try:
-            answer = function(part), None
-        except Exception as error:
-            answer = None, error
-        pipe.send(answer)
+    """Do one part after another, until the process that sends them is gone."""
+    with suppress(EOFError, OSError):
+        while True:
+            function, part = pipe.recv()
+            try:
+                answer = function(part), None
+            except Exception as error:
+                answer = None, error
+            pipe.send(answer)
 
 
 @contextmanager
@@ -1601,6 +1601,7 @@ DOCUMENT = np.dtype(
         ("digest", "S16"),  # the same where two documents differ in case and white space at most
     ]
 )
+SPAN = np.dtype([("is_val", np.bool_), ("start", np.int64), ("end", np.int64)])  # bytes in a file of texts
 
 
 @dataclass
@@ -1613,13 +1614,15 @@ class Corpus:
     tally: Tally
 
     def spans(self) -> np.ndarray:
-        """Where the documents stand, int64 (documents, 3): 1 for validation, first byte, end."""
-        ends = np.cumsum(self.documents["bytes"])
-        return np.stack([self.documents["is_val"], ends - self.documents["bytes"], ends], axis=1)
+        """Where the documents stand in `texts`, an array of SPAN."""
+        spans = np.empty(len(self.documents), dtype=SPAN)
+        spans["is_val"], spans["end"] = self.documents["is_val"], np.cumsum(self.documents["bytes"])
+        spans["start"] = spans["end"] - self.documents["bytes"]
+        return spans
 
 
 def read_texts(path: Path, spans: np.ndarray) -> Iterator[str]:
-    """The texts that stand at `spans`, int64 (documents, 3) as Corpus.spans gives them."""
+    """The texts that stand at `spans` of SPAN."""
     with open(path, "rb") as file:
         for _, start, end in spans:
             file.seek(start)
@@ -1738,7 +1741,7 @@ def drop_repeated(reason: str, corpus: Corpus, order: np.ndarray, originals: np.
     in `order`, its own place where it stays."""
     places, spans = np.flatnonzero(originals != np.arange(len(order))), corpus.spans()
     for dropped, kept in zip(order[places], order[originals[places]]):
-        name = reason + (" of validation text" if spans[kept, 0] > spans[dropped, 0] else "")
+        name = reason + (" of validation text" if spans["is_val"][kept] > spans["is_val"][dropped] else "")
         corpus.tally.documents[name] += 1
         corpus.tally.bytes[name] += int(corpus.documents["bytes"][dropped])
         if corpus.tally.documents[name] <= 3:
@@ -1755,12 +1758,12 @@ def cut_spans(path: Path, spans: np.ndarray, val_fraction: float) -> np.ndarray:
             middle = end - round((end - start) * val_fraction)
             file.seek(middle)
             middle += next(place for place, byte in enumerate(file.read(4) + b" ") if byte & 0xC0 != 0x80)
-            cut += [(0, start, middle), (1, middle, end)]
-    return np.array(cut)
+            cut += [(False, start, middle), (True, middle, end)]
+    return np.array(cut, dtype=SPAN)
 
 
 def sizes_of(spans: np.ndarray) -> np.ndarray:
-    return spans[:, 2] - spans[:, 1]
+    return spans["end"] - spans["start"]
 
 
 def in_parts(workers: Workers, function: Callable, spans: np.ndarray, what: str) -> Iterator:
@@ -1794,11 +1797,18 @@ def count_pieces(texts: Path, pattern: str, spans: np.ndarray) -> Counter:
 def new_tokenizer(settings: PrepareConfig, workers: Workers, texts: Path, spans: np.ndarray) -> tiktoken.Encoding:
     """A tokenizer of the size that the settings name, trained on the training documents."""
     entries = bpe_size(settings.tokenizer)
-    spans, counts = beginning(spans[spans[:, 0] == 0], BPE_BYTES), Counter()
+    spans, counts = beginning(spans[~spans["is_val"]], BPE_BYTES), Counter()
     for some in in_parts(workers, partial(count_pieces, texts, pattern_of(settings.tokenizer)), spans, "bytes split"):
         counts.update(some)
     print(f"training a tokenizer of {entries:,} entries on {len(counts):,} different pieces of text", flush=True)
     return make_tokenizer(train_bpe(counts, entries), settings.tokenizer)
+
+
+def save_tokenizer(encoding: tiktoken.Encoding, folder: Path) -> dict:
+    """Write the tokenizer of a dataset into its folder; return its facts for the manifest."""
+    text = write_tokenizer(encoding)
+    (folder / "tokenizer.tiktoken").write_text(text, encoding="ascii", newline="")
+    return {"name": encoding.name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "vocab_size": encoding.n_vocab}
 
 
 @lru_cache(maxsize=1)
@@ -1811,29 +1821,25 @@ def tokenize_part(texts: Path, tokenizer: tuple[Path, str, str], spans: np.ndarr
     """The tokens of some documents, each led by end-of-text: those for training, and those for validation."""
     encoding = tokenizer_at(*tokenizer)
     start = np.array([encoding.eot_token], dtype=np.uint32)
-    dtype, splits = token_dtype(encoding), ([start[:0]], [start[:0]])
-    for split, text in zip(spans[:, 0], read_texts(texts, spans)):
-        splits[split].extend([start, encode(encoding, text)])
+    dtype, splits = token_dtype(encoding.n_vocab), ([start[:0]], [start[:0]])
+    for is_val, text in zip(spans["is_val"], read_texts(texts, spans)):
+        splits[int(is_val)].extend([start, encode(encoding, text)])
     return [np.concatenate(tokens).astype(dtype) for tokens in splits]
 
 
 def write_shards(
-    settings: PrepareConfig, workers: Workers, texts: Path, spans: np.ndarray, encoding: tiktoken.Encoding, folder: Path
+    settings: PrepareConfig, workers: Workers, texts: Path, spans: np.ndarray, tokenizer: dict, folder: Path
 ) -> dict:
-    """Tokenise the documents into shards in `folder`; return the facts of each split for the manifest."""
-    writers = [
-        ShardWriter(folder, f"{settings.name}_{split}", settings.shard_tokens, token_dtype(encoding))
-        for split in SPLITS
-    ]
-    text = write_tokenizer(encoding)
-    (folder / "tokenizer.tiktoken").write_text(text, encoding="ascii", newline="")
-    tokenizer = (folder / "tokenizer.tiktoken", encoding.name, hashlib.sha256(text.encode()).hexdigest())
-    for splits in in_parts(workers, partial(tokenize_part, texts, tokenizer), spans, "bytes tokenised"):
+    """Tokenise the documents into shards in `folder`, which holds the tokenizer; return each split's facts."""
+    dtype = token_dtype(tokenizer["vocab_size"])
+    writers = [ShardWriter(folder, f"{settings.name}_{split}", settings.shard_tokens, dtype) for split in SPLITS]
+    tokenize = partial(tokenize_part, texts, (folder / "tokenizer.tiktoken", tokenizer["name"], tokenizer["sha256"]))
+    for splits in in_parts(workers, tokenize, spans, "bytes tokenised"):
         for writer, tokens in zip(writers, splits):
             writer.add(tokens)
     facts = {}
     for number, split in enumerate(SPLITS):
-        shards, sizes = writers[number].close(), sizes_of(spans[spans[:, 0] == number])
+        shards, sizes = writers[number].close(), sizes_of(spans[spans["is_val"] == number])
         tokens = sum(shard["tokens"] for shard in shards)
         facts[split] = {"documents": len(sizes), "bytes": int(sizes.sum()), "tokens": tokens, "shards": shards}
     return facts
@@ -1863,10 +1869,10 @@ def find_shared(texts: Path, hashes: Path, spans: np.ndarray) -> np.ndarray:
 def measure_overlap(workers: Workers, texts: Path, spans: np.ndarray, work: Path) -> float:
     """The share of 13 words in a row of validation text that stand in the training text, too; of much text the first
     part is looked for."""
-    val, found = beginning(spans[spans[:, 0] == 1], OVERLAP_BYTES), []
+    val, found = beginning(spans[spans["is_val"]], OVERLAP_BYTES), []
     ngrams = np.concatenate([hash_ngrams(hash_words(text)[0], CONTAMINATION_WORDS) for text in read_texts(texts, val)])
     hashes = save_hashes(np.unique(ngrams), work)
-    for some in in_parts(workers, partial(find_shared, texts, hashes), spans[spans[:, 0] == 0], "bytes compared"):
+    for some in in_parts(workers, partial(find_shared, texts, hashes), spans[~spans["is_val"]], "bytes compared"):
         found.append(some)
     return len(HashSet(np.concatenate(found)).find(ngrams)) / max(len(ngrams), 1)
 
@@ -1881,18 +1887,19 @@ def build(settings: PrepareConfig, work: Path, folder: Path) -> dict:
         corpus = collect(settings, reader, forbidden, workers, work)
         kept = deduplicate(settings, corpus)
         spans, is_cut = corpus.spans()[kept], False
-        held = sizes_of(spans[spans[:, 0] == 1]).sum() / sizes_of(spans).sum()
+        held = sizes_of(spans[spans["is_val"]]).sum() / sizes_of(spans).sum()
         if not 1 / 8 < held / settings.val_fraction < 4 or held == 1:  # there are too few documents to part them whole
             spans, is_cut = cut_spans(corpus.texts, spans, settings.val_fraction), True
-        if not all(sizes_of(spans[spans[:, 0] == split]).sum() for split in (0, 1)):
+        if not all(sizes_of(spans[spans["is_val"] == split]).sum() for split in (False, True)):
             raise Failure(f"{settings.source or settings.name}: too little text for a training and a validation split")
         encoding = encoding or new_tokenizer(settings, workers, corpus.texts, spans)
-        splits = write_shards(settings, workers, corpus.texts, spans, encoding, folder)
+        tokenizer = save_tokenizer(encoding, folder)
+        splits = write_shards(settings, workers, corpus.texts, spans, tokenizer, folder)
         overlap = measure_overlap(workers, corpus.texts, spans, work)
-    splits["val"]["compressed_bits_per_byte"] = compress(corpus.texts, spans[spans[:, 0] == 1])
+    splits["val"]["compressed_bits_per_byte"] = compress(corpus.texts, spans[spans["is_val"]])
     dropped, sizes = corpus.tally.documents, corpus.documents["bytes"][kept]
     read = corpus.tally.bytes.pop("in")
-    return manifest_of(settings, folder, encoding.name, splits) | {
+    return manifest_of(settings, tokenizer, splits) | {
         "documents": {"in": len(kept) + dropped.total(), "kept": len(kept), "dropped": dict(dropped)},
         "bytes": {"in": read, "kept": int(sizes.sum()), "dropped": dict(corpus.tally.bytes)},
         "lines_dropped": dict(corpus.tally.lines),
@@ -1903,16 +1910,9 @@ def build(settings: PrepareConfig, work: Path, folder: Path) -> dict:
     }
 
 
-def manifest_of(settings: PrepareConfig, folder: Path, tokenizer: str, splits: dict) -> dict:
-    """What every manifest holds, however its shards came about. The tokenizer's file must be in `folder`."""
-    text = (folder / "tokenizer.tiktoken").read_text(encoding="ascii")
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return {
-        "name": settings.name,
-        "made_from": made_from(settings),
-        "tokenizer": {"name": tokenizer, "sha256": sha256, "vocab_size": read_tokenizer(text, tokenizer).n_vocab},
-        "splits": splits,
-    }
+def manifest_of(settings: PrepareConfig, tokenizer: dict, splits: dict) -> dict:
+    """What every manifest holds, however its shards came about."""
+    return {"name": settings.name, "made_from": made_from(settings), "tokenizer": tokenizer, "splits": splits}
 
 
 def made_from(settings: PrepareConfig) -> dict:
@@ -1950,14 +1950,12 @@ def merge(settings: PrepareConfig, folder: Path) -> dict:
             link_or_copy(path, folder / shard["file"])
         splits[split] = {unit: sum(facts[unit] for facts in found) for unit in ("documents", "bytes", "tokens")}
         splits[split] |= {"shards": [shard for _, shard in shards]}
-    splits["val"]["compressed_bits_per_byte"] = {}
     documents, sizes = (
         {way: sum(manifest[unit][way] for manifest in manifests) for way in ("in", "kept")}
         | {"dropped": dict(sum((Counter(manifest[unit]["dropped"]) for manifest in manifests), Counter()))}
         for unit in ("documents", "bytes")
     )
-    manifest = manifest_of(settings, folder, manifests[0]["tokenizer"]["name"], splits)
-    return manifest | {"documents": documents, "bytes": sizes}
+    return manifest_of(settings, manifests[0]["tokenizer"], splits) | {"documents": documents, "bytes": sizes}
 
 
 def adopt(settings: PrepareConfig, folder: Path) -> dict:
@@ -1965,7 +1963,7 @@ def adopt(settings: PrepareConfig, folder: Path) -> dict:
     encoding = load_tokenizer(settings.tokenizer, Path(settings.data_dir))
     sizes = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.eot_token)] + [0]
     sizes = np.array(sizes, dtype=np.uint16)  # bytes a token
-    (folder / "tokenizer.tiktoken").write_text(write_tokenizer(encoding), encoding="ascii", newline="")
+    tokenizer = save_tokenizer(encoding, folder)
     splits = {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in SPLITS}
     paths = download_all(NAMED[settings.name], Path(settings.data_dir) / "downloads" / settings.name)
     if not paths:
@@ -1982,9 +1980,8 @@ def adopt(settings: PrepareConfig, folder: Path) -> dict:
         facts["bytes"] += int(sizes[tokens].sum(dtype=np.int64))
         progress.update(number)
     progress.close()
-    splits["val"]["compressed_bits_per_byte"] = {}
     documents, read = (sum(facts[unit] for facts in splits.values()) for unit in ("documents", "bytes"))
-    return manifest_of(settings, folder, encoding.name, splits) | {
+    return manifest_of(settings, tokenizer, splits) | {
         "documents": {"in": documents, "kept": documents, "dropped": {}},
         "bytes": {"in": read, "kept": read, "dropped": {}},
     }

@@ -748,7 +748,7 @@ def report(run: Run):
         return
     print(f"\nvalidation loss {run.val_loss:.4f} nats a token, perplexity {run.perplexity:.2f}")
     if math.isfinite(run.bits_per_byte):
-        compressors = run.dataset.manifest["splits"]["val"]["compressed_bits_per_byte"]
+        compressors = run.dataset.manifest["splits"]["val"].get("compressed_bits_per_byte", {})
         others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
         print(f"{run.bits_per_byte:.3f} bits per byte of validation text{others}")
     draw_losses(run.folder)

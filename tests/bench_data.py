@@ -74,7 +74,8 @@ def bench_stages(settings: BenchConfig, work: Path):
         def tokenize():
             folder = work / "shards"  # the same each time, so that the processes know the tokenizer already
             folder.mkdir()
-            prepare_data.write_shards(settings, workers, corpus.texts, spans, encoding, folder)
+            tokenizer = prepare_data.save_tokenizer(encoding, folder)
+            prepare_data.write_shards(settings, workers, corpus.texts, spans, tokenizer, folder)
             shutil.rmtree(folder)
 
         def clean(variant: PrepareConfig):

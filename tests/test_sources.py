@@ -191,6 +191,12 @@ def test_standard_input_is_a_source(tmp_path):
     assert "lengths.png" not in names(tmp_path / "data" / "mine")  # as there is no matplotlib
 
 
+def test_a_closed_standard_input_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # what a shell's <&- makes of it
+    with pytest.raises(Failure, match="standard input is closed"):
+        read("-")
+
+
 def test_standard_input_is_no_source_twice(tmp_path):
     with pytest.raises(ValueError, match="standard input"):
         settings_for(tmp_path, "-", decontaminate="-")
