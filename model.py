@@ -50,16 +50,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
-        if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, H, T, D)
-        else:
-            k, v = cache.append(layer, k, v)  # (B, H, S, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D)
+        mask = None if cache is None else cache.mask  # None: each token sees itself and what comes before it
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -87,8 +86,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -123,14 +122,15 @@ class GPT(nn.Module):
             else:
                 raise ValueError(f"{name} has no initialiser")
 
-    def forward(self, tokens, targets=None, cache=None):
+    def forward(self, tokens, targets=None, cache=None, reduction="mean"):
         """Score each next token.
 
         tokens: (B, T) integers. targets: (B, T) integers, the tokens that follow, -1 where nothing is asked; then the
         result is their mean cross-entropy in nats and nothing else: the logits are then the compiler's to keep or not.
-        Without targets it is the logits (B, T, V) in fp32. cache: what sample.py's KVCache does. `advance(T)` gives
-        the positions (T) of the new tokens, `append(layer, k, v)` the keys and values (B, H, S, D) to attend to,
-        `mask` (T, S) says which; the logits are then the last token's alone, (B, 1, V).
+        With reduction="none" it is that of each target, (B, T). Without targets it is the logits (B, T, V) in fp32.
+        cache: what sample.py's KVCache does. `advance(T)` gives the positions (T) or (B, T) of the new tokens; each of
+        its `layers` has `append(k, v)` for the keys and values (B, H, S, D) to attend to, and in `mask` (B, 1, T, S)
+        which of them, None for all up to the token itself. The logits are then the last token's alone, (B, 1, V).
         """
         T = tokens.size(1)
         if cache is None and T > self.config.block_size:
@@ -141,13 +141,14 @@ class GPT(nn.Module):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, cache, layer)
+                x = block(x, None if cache is None else cache.layers[layer])
         if cache is not None:
             x = x[:, -1:]
         logits = self.lm_head(self.ln_f(x))[..., : self.config.vocab_size].float()  # (B, T, V), the padding cut off
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token: 6 N + 12 L C T, Chowdhery et al. 2022 (PaLM), appendix B.
@@ -159,7 +160,7 @@ class GPT(nn.Module):
         return 6 * parameters + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
 
-# ---- Hugging Face: a folder with config.json and model.safetensors in the layout of transformers' GPT2LMHeadModel.
+# ---- Hugging Face: a folder with config.json and safetensors in the layout of transformers' GPT2LMHeadModel.
 # It stores the four linear layers of a block as (in, out), where ours are (out, in); it always has biases, never the
 # padding of the vocabulary, and the tied head once.
 
@@ -172,13 +173,51 @@ ARCHITECTURE = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
+MOST_JSON_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
 def load_hf(folder: Path, dropout: float = 0.0) -> GPT:
-    """The model in a Hugging Face folder. Raises OSError or ValueError where it isn't whole, or isn't a GPT-2."""
+    """The model in a Hugging Face folder, in fp32 whatever the file has, read a tensor at a time.
+
+    Raises OSError or ValueError where it isn't whole, or isn't a GPT-2.
+    """
     safetensors = import_safetensors()
-    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = GPT(read_config(folder, dropout))
+    missing = in_hf_layout(model)
+    for path in weight_files(folder):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    place = missing.pop(name.removeprefix("transformer."), None)
+                    if place is not None:  # older files also hold the mask (attn.bias), and some the tied head
+                        fill(place, file.get_tensor(name), name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path.name} is damaged: {error}") from None
+    if missing:
+        raise ValueError(f"the files of weights lack {next(iter(missing))}, and {len(missing) - 1} more of the model's")
+    return model
+
+
+def fill(place: torch.Tensor, tensor: torch.Tensor, name: str):
+    """Copy a tensor of a file into a weight. Raises ValueError where it doesn't fit."""
+    if tensor.shape != place.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and config.json wants {tuple(place.shape)}")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} is of type {tensor.dtype}, and only float32, bfloat16 and float16 are known here")
+    place.copy_(tensor)
+
+
+def in_hf_layout(model: GPT) -> dict[str, torch.Tensor]:
+    """The model's weights under their names in a file and in the shapes they have there: views, to read or to fill."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights["wte.weight"] = weights["wte.weight"][: model.config.vocab_size]  # the rest is padding
+    return {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in weights.items()}
+
+
+def read_config(folder: Path, dropout: float) -> GPTConfig:
+    """The shape in a folder's config.json. Raises ValueError where it is of another architecture."""
+    facts = read_json(folder / "config.json")
     for name, value in ARCHITECTURE.items():
         if facts.get(name, value) != value:
             raise ValueError(f"{name} is {facts[name]!r}, and only GPT-2's {value!r} is known here")
@@ -186,41 +225,68 @@ def load_hf(folder: Path, dropout: float = 0.0) -> GPT:
     shape = {name: facts.get(name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
     if not all(isinstance(value, int) and value > 0 for value in shape.values()):
         raise ValueError(f"config.json gives no whole shape: {shape}")
-    model = GPT(GPTConfig(**shape, dropout=dropout))
+    return GPTConfig(**shape, dropout=dropout)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's file of weights, or the several that its index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole]
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index.name} names {name!r}, which is no file of weights beside it")
+    return [folder / name for name in sorted(set(names))]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises OSError, or ValueError where it is something else."""
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; more than {MOST_JSON_BYTES:,} are not read")
     try:
-        state = safetensors.torch.load_file(folder / "model.safetensors")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"model.safetensors is damaged: {error}") from None
-    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-    for name, parameter in model.named_parameters():
-        tensor = state.get(name, torch.empty(0))
-        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
-        rows = parameter[: model.config.vocab_size] if name == "wte.weight" else parameter  # the rest is padding
-        if tensor.shape != rows.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and config.json wants {tuple(rows.shape)}")
-        rows.copy_(tensor)
-    return model
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return facts
 
 
 @torch.no_grad()
-def save_hf(model: GPT, folder: Path):
-    """Write `model` in fp32 as a Hugging Face folder."""
+def save_hf(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.float32):
+    """Write `model` as a Hugging Face folder, each file whole or not at all.
+
+    end_of_text: the tokenizer's, with which texts begin and end. dtype: of the weights, torch.float32 or bfloat16.
+    """
     safetensors, config = import_safetensors(), model.config
-    state = {name: parameter.float().cpu() for name, parameter in model.named_parameters()}
-    state["wte.weight"] = state["wte.weight"][: config.vocab_size]
+    state = in_hf_layout(model)
     if not config.bias:
         biased = [name.removesuffix(".weight") for name in state if name not in ("wte.weight", "wpe.weight")]
-        state |= {f"{name}.bias": torch.zeros(state[f"{name}.weight"].size(0)) for name in biased}
-    state = {name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous() for name, tensor in state.items()}
+        outputs = {name: state[f"{name}.weight"].size(-1) for name in biased}  # the last dimension there
+        state |= {f"{name}.bias": torch.zeros(size) for name, size in outputs.items()}
+    state = {f"transformer.{name}": weight.to("cpu", dtype).contiguous() for name, weight in state.items()}
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     facts = ARCHITECTURE | {"architectures": ["GPT2LMHeadModel"], "n_layer": config.n_layer, "n_head": config.n_head}
     facts |= {"n_embd": config.n_embd, "n_positions": config.block_size, "vocab_size": config.vocab_size}
-    facts |= {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}  # ours stands last
+    facts |= ends | {"torch_dtype": str(dtype).removeprefix("torch.")}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    partial = folder / f".model.safetensors.{os.getpid()}"
-    state = {f"transformer.{name}": tensor for name, tensor in state.items()}
-    safetensors.torch.save_file(state, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
+    for name, content in (("config.json", facts), ("generation_config.json", ends)):
+        text = json.dumps(content, indent=2) + "\n"
+        replace_file(folder / name, lambda partial: partial.write_text(text, encoding="utf-8"))  # noqa: B023
+    save = safetensors.torch.save_file
+    replace_file(folder / "model.safetensors", lambda partial: save(state, partial, metadata={"format": "pt"}))
+
+
+def replace_file(path: Path, write):
+    """Have write(partial) make a file, which then takes the place of `path`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def import_safetensors():

@@ -54,7 +54,7 @@ except ImportError:
     zstd = None
 
 import config
-from checkpoint import locked
+from checkpoint import atomic_file, locked
 from config import INPUT_OUTPUT, Failure
 
 
@@ -74,7 +74,7 @@ class PrepareConfig:
     separator: str = ""  # a line that parts the documents in a text file; "" = a file is one document
     invalid_bytes: str = "refuse"  # bytes that are no text in a file's encoding: refuse, or replace by U+FFFD
     on_error: str = "stop"  # what cannot be read (a file, a line, bytes that are no text): stop, or skip and count it
-    tokenizer: str = ""  # gpt2, bytes, bpe:N or bpe:N:gpt4 (made here), a .tiktoken file; "" = the dataset's, or gpt2
+    tokenizer: str = ""  # gpt2, bytes, bpe:N[:gpt4] (made here), a .tiktoken file, a Hugging Face folder or OWNER/NAME
     val_fraction: float = 0.0  # share of documents for validation, chosen by their hash; 0 = 0.1, or the dataset's own
     clean: str = "basic"  # none, basic (Unicode NFC, line ends, no control characters), web (the rules below as well)
     dedupe: str = "exact"  # none, exact (but for case and white space), near (similar ones as well)
@@ -407,14 +407,15 @@ class Dataset:
         return split["tokens"] / split["bytes"]
 
 
-# ---- tokenizers: byte-pair encodings kept as .tiktoken files, a line an entry: the bytes in base64 and their rank
+# ---- tokenizers: byte-pair encodings kept as .tiktoken files, a line an entry: the bytes in base64 and their id
+# Of two pairs that could merge, the one with the lower id does. End-of-text has the id after the last, or a line.
 
 END_OF_TEXT = "<|endoftext|>"  # leads each document; text that merely contains these characters never becomes it
 PATTERNS = {  # how text is split into the pieces that no merge crosses
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     "gpt4": (
         r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
-        r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+$|\s*[\r\n]+|\s+(?!\S)|\s+"""
+        r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\s|\S)|\s*[\r\n]+|\s+(?!\S)|\s+"""  # (?!\s|\S): the end, in any engine
     ),
 }
 GPT2_RANKS = (
@@ -436,45 +437,72 @@ def bpe_size(name: str) -> int:
         if not 257 <= int(kind[4:]) <= 1_000_000:
             raise ValueError(f"tokenizer {name}: N counts 256 bytes, merges and end-of-text: from 257 to 1000000")
         return int(kind[4:])
-    if name not in ("gpt2", "bytes") and not kind.endswith(".tiktoken"):
-        raise ValueError(f"tokenizer {name!r} is none of gpt2, bytes, bpe:N, or a .tiktoken file")
+    if name != "bytes" and not kind.endswith(".tiktoken") and not names_model(name):
+        raise ValueError(
+            f"tokenizer {name!r} is none of gpt2, bytes, bpe:N, a .tiktoken file, a Hugging Face folder or OWNER/NAME"
+        )
     return 0
 
 
 def make_tokenizer(tokens: list[bytes], name: str) -> tiktoken.Encoding:
-    """An encoding whose ranks are the order of `tokens`, end-of-text last."""
+    """An encoding whose ids are the order of `tokens`, end-of-text last."""
+    return make_encoding({token: rank for rank, token in enumerate(tokens)}, len(tokens), name)
+
+
+def make_encoding(ids: dict[bytes, int], end_of_text: int, name: str) -> tiktoken.Encoding:
+    """An encoding with these ids, which may leave some out. Raises Failure."""
+    taken = {*ids.values(), end_of_text}
+    if not {bytes([byte]) for byte in range(256)} <= ids.keys() or len(taken) <= len(ids):
+        raise Failure(f"{name}: a tokenizer holds each of the 256 bytes, and nothing twice")
+    if min(taken) < 0 or max(taken) >= 2**31:
+        raise Failure(f"{name}: ids must be from 0 to 2147483647, and it has {min(taken)} to {max(taken)}")
     return tiktoken.Encoding(
-        name,
-        pat_str=pattern_of(name),
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={END_OF_TEXT: len(tokens)},
+        name, pat_str=pattern_of(name), mergeable_ranks=ids, special_tokens={END_OF_TEXT: end_of_text}
     )
 
 
 def read_tokenizer(text: str, name: str) -> tiktoken.Encoding:
     """The encoding in the text of a .tiktoken file. Raises Failure."""
     try:
-        entries = [line.split() for line in text.splitlines()]
-        ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in entries}
-        tokens = [ranks[rank] for rank in range(len(entries))]
-    except (ValueError, KeyError) as error:
-        raise Failure(f"{name}: not a .tiktoken file with ranks from 0 without a gap ({error!r})") from None
-    if not {bytes([byte]) for byte in range(256)} <= set(tokens) or len(set(tokens)) < len(tokens):
+        lines = [(token, int(number)) for token, number in map(str.split, text.splitlines())]
+        numbers = dict(lines)
+        end_of_text = numbers.pop(END_OF_TEXT, None)
+        ids = {base64.b64decode(token, validate=True): number for token, number in numbers.items()}
+        if end_of_text is None and {*ids.values()} != {*range(len(ids))}:
+            raise ValueError(f"an id from 0 to {len(ids) - 1} is left out, and no line gives {END_OF_TEXT} one")
+    except ValueError as error:
+        raise Failure(f"{name}: not a .tiktoken file: {error}") from None
+    if len(ids) < len(numbers) or len(numbers) < len(lines) - (end_of_text is not None):
         raise Failure(f"{name}: a tokenizer holds each of the 256 bytes, and nothing twice")
-    return make_tokenizer(tokens, name)
+    return make_encoding(ids, len(ids) if end_of_text is None else end_of_text, name)
 
 
 def write_tokenizer(encoding: tiktoken.Encoding) -> str:
     """The text of the .tiktoken file that `read_tokenizer` reads."""
-    tokens = (encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token))
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    entries = entries_of(encoding)
+    lines = [f"{base64.b64encode(token).decode()} {number}\n" for token, number in entries.items()]
+    is_plain = encoding.eot_token == len(entries) == max(entries.values()) + 1  # as any .tiktoken file
+    return "".join(lines) + ("" if is_plain else f"{END_OF_TEXT} {encoding.eot_token}\n")
+
+
+def entries_of(encoding: tiktoken.Encoding) -> dict[bytes, int]:
+    """What text can become, with its ids, in their order."""
+    ids = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
+    return dict(sorted(ids.items(), key=lambda entry: entry[1]))
+
+
+def same_tokens(first: tiktoken.Encoding, second: tiktoken.Encoding) -> bool:
+    """Whether two encodings make the same ids of any text."""
+    return write_tokenizer(first) == write_tokenizer(second) and pattern_of(first.name) == pattern_of(second.name)
 
 
 def load_tokenizer(name: str, data_dir: Path) -> tiktoken.Encoding:
-    """The tokenizer `name`: gpt2 (fetched once), bytes, or the path of a .tiktoken file. Raises Failure."""
+    """The tokenizer `name`: gpt2 (fetched once), bytes, a .tiktoken file, or a Hugging Face model's. Raises Failure."""
     if name == "bytes":
         return make_tokenizer([bytes([byte]) for byte in range(256)], name)
     path = gpt2_ranks(data_dir) if name == "gpt2" else Path(os.path.expanduser(name.removesuffix(":gpt4")))
+    if path.suffix != ".tiktoken" and not path.is_file():
+        return load_hf_tokenizer(fetch_model(name, weights=False), name)
     try:
         return read_tokenizer(path.read_text(encoding="ascii", errors="replace"), name)
     except FileNotFoundError:
@@ -555,6 +583,169 @@ def merge_pair(piece: list[int], pair: tuple[int, int], rank: int, weight: int, 
             for new in pairwise(after):
                 changes[new] += weight
         position += 1
+
+
+# ---- tokenizers of Hugging Face folders: tokenizer.json, or vocab.json and merges.txt
+
+MOST_JSON_BYTES = 64 * 2**20
+
+
+def has_tokenizer(folder: Path) -> bool:
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return pair or (folder / "tokenizer.json").is_file()
+
+
+def load_hf_tokenizer(folder: Path, name: str) -> tiktoken.Encoding:
+    """The byte-level BPE tokenizer in a Hugging Face folder as an encoding with the same ids.
+
+    Its end-of-sequence token is our end-of-text; of its other special tokens, text never becomes one. Raises Failure
+    where the ids could differ: another algorithm or split pattern, text that is changed first, merges out of order.
+    """
+    try:
+        facts = read_json(folder / "tokenizer_config.json")
+        if facts.get("add_prefix_space"):
+            raise ValueError("it puts a space before each text (add_prefix_space)")
+        named = {key: content_of(token) for key, token in facts.items() if key.endswith("_token")}
+        vocab, merges, added, pattern = read_hf_files(folder)
+        ids = merged_ids(vocab, merges, {END_OF_TEXT, *added, *named.values()})
+        known, otherwise = vocab | added, read_json(folder / "config.json").get("eos_token_id")
+        end_of_text = known.get(named.get("eos_token"), known.get(END_OF_TEXT, otherwise))
+        if type(end_of_text) is not int:
+            raise ValueError(f"neither an eos_token nor {END_OF_TEXT} is among its entries")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error if isinstance(error, ValueError) else f"it is not laid out as expected ({error!r})"
+        raise Failure(f"the tokenizer in {folder} can't be used here: {reason}") from None
+    return make_encoding(ids, end_of_text, name + (":gpt4" if pattern == "gpt4" else ""))
+
+
+def content_of(token) -> str:
+    """The text of a special token, which such files give alone or among its properties."""
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; {} where there is none. Raises ValueError."""
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; more than {MOST_JSON_BYTES:,} are not read")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path.name} holds no JSON object") from None
+
+
+def read_hf_files(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
+    """The vocabulary, the merges, the tokens that were added to them, and the name of the split pattern."""
+    file = read_json(folder / "tokenizer.json")
+    if not file:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return read_json(folder / "vocab.json"), merges, {}, "gpt2"
+    model = file["model"]
+    for name, value in [("normalizer", file.get("normalizer")), *model.items()]:
+        if name == "type" and value != "BPE" or name in ODDITIES and value:
+            raise ValueError(f"its {name} is {value!r}, which is not known here")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    for token in file.get("added_tokens", []):
+        if not token["special"] and not re.fullmatch(r"<.+>", token["content"]):
+            raise ValueError(f"text can become the token {token['content']!r}, which was added and not merged")
+    added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+    return model["vocab"], merges, added, split_pattern(file.get("pre_tokenizer") or {})
+
+
+ODDITIES = ("normalizer", "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+
+
+def split_pattern(steps: dict) -> str:
+    """The name in PATTERNS of how a tokenizer.json splits text. Raises ValueError where it isn't among them."""
+    *splits, level = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
+        raise ValueError("it isn't of the byte-level kind, or puts a space before each text (add_prefix_space)")
+    if not splits and level.get("use_regex", True):
+        return "gpt2"
+    for name in PATTERNS:
+        if splits == [split_step(name)] and not level.get("use_regex", True):
+            return name
+    raise ValueError(f"it splits text by a pattern that is none of {', '.join(PATTERNS)}: {splits}")
+
+
+def split_step(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}, "behavior": "Isolated", "invert": False}
+
+
+def byte_characters() -> dict[str, int]:
+    """The printable characters that stand for the 256 bytes in such files, as GPT-2 chose them."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def merged_ids(vocab: dict[str, int], merges: list, special: set[str]) -> dict[bytes, int]:
+    """The ids of bytes and of what merges make of them. Raises ValueError where ids don't say all that merges do."""
+    if not all(type(number) is int for number in vocab.values()):
+        raise ValueError("an id in its vocabulary is no whole number")
+    characters = byte_characters()
+    ids, seen, last = {bytes([byte]): vocab[character] for character, byte in characters.items()}, {*characters}, -1
+    for left, right in merges:
+        first, second = (bytes(characters[character] for character in part) for part in (left, right))
+        ids[first + second] = vocab[left + right]
+        seen.add(left + right)
+        if vocab[left + right] <= last or last_merge(first + second, ids) != [first, second]:
+            raise ValueError(f"its merge of {left!r} and {right!r} is out of order or never made, so ids would differ")
+        last = vocab[left + right]
+    if others := vocab.keys() - seen - special:
+        raise ValueError(f"its entry {min(others)!r} is neither a byte, nor merged, nor special")
+    return ids
+
+
+def last_merge(token: bytes, ids: dict[bytes, int]) -> list[bytes]:
+    """The two parts of which byte-pair encoding makes `token` at last; more where it doesn't come to that."""
+    parts, below = [token[place : place + 1] for place in range(len(token))], ids[token]
+    while len(parts) > 2:
+        number, place = min(
+            (ids.get(left + right, below), place) for place, (left, right) in enumerate(pairwise(parts))
+        )
+        if number >= below:
+            break
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+def save_hf_tokenizer(encoding: tiktoken.Encoding, folder: Path):
+    """Write tokenizer.json and tokenizer_config.json, of which transformers' AutoTokenizer makes the same ids.
+
+    Text that holds <|endoftext|> is plain text here; there it takes tokenizer(text, split_special_tokens=True), or
+    encode_special_tokens = True on a tokenizers.Tokenizer. Raises Failure.
+    """
+    ids, names = entries_of(encoding), {byte: character for character, byte in byte_characters().items()}
+    vocab = {"".join(names[byte] for byte in token): number for token, number in ids.items()}
+    pairs = [last_merge(token, ids) for token in ids if len(token) > 1]
+    if any(len(pair) > 2 for pair in pairs) or END_OF_TEXT in vocab:
+        raise Failure(
+            f"{encoding.name} has entries that merges don't reach, or {END_OF_TEXT}: no tokenizer.json can say that"
+        )
+    pattern = next(name for name in PATTERNS if PATTERNS[name] == pattern_of(encoding.name))
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern == "gpt2"}
+    splits = [] if level["use_regex"] else [split_step(pattern)]  # GPT-2's is part of the step to bytes
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content = {
+        "version": "1.0",
+        "added_tokens": [{"id": encoding.eot_token, "content": END_OF_TEXT, "special": True} | flags],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "vocab": vocab | {END_OF_TEXT: encoding.eot_token},
+            "merges": [" ".join("".join(names[byte] for byte in part) for part in pair) for pair in pairs],
+        },
+    }
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    facts |= {"clean_up_tokenization_spaces": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, written in (("tokenizer.json", content), ("tokenizer_config.json", facts)):
+        with atomic_file(folder / name) as file:
+            file.write(json.dumps(written, ensure_ascii=False).encode() + b"\n")
 
 
 # ---- downloads: a file gets its name when it is whole and checked; one that broke off goes on where it stopped
@@ -743,7 +934,7 @@ def discard(partial: Path):
 
 
 class HubFile(NamedTuple):
-    """A file in a dataset repository of the Hugging Face hub."""
+    """A file in a repository of the Hugging Face hub."""
 
     path: str  # in the repository
     url: str
@@ -755,11 +946,14 @@ def hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def hub_files(repo: str, revision: str, prefix: str) -> list[HubFile]:
-    """The files of a Hugging Face dataset repository whose path starts with `prefix`, sorted. Raises Failure."""
+def hub_files(repo: str, revision: str, prefix: str, kind: str = "datasets") -> list[HubFile]:
+    """The files of a Hugging Face repository whose path starts with `prefix`, sorted. Raises Failure.
+
+    kind: datasets or models.
+    """
     repo, revision, folder = quote(repo), quote(revision, safe=""), quote(prefix.rpartition("/")[0])
-    page = f"{hub_endpoint()}/api/datasets/{repo}/tree/{revision}/{folder}".rstrip("/") + "?recursive=true"
-    source = f"{hub_endpoint()}/datasets/{repo}/resolve/{revision}"
+    page = f"{hub_endpoint()}/api/{kind}/{repo}/tree/{revision}/{folder}".rstrip("/") + "?recursive=true"
+    source = f"{hub_endpoint()}/{'datasets/' if kind == 'datasets' else ''}{repo}/resolve/{revision}"
     advice = f"that page lists the files of {repo}; run this again with a network"
     files = []
     for _ in range(MOST_PAGES):
@@ -787,6 +981,117 @@ def read_page(session: requests.Session, url: str, deadline: float, source: str,
         if re.search(r"^/|[\\:\x00-\x1f]|(^|/)\.\.(/|$)", file.path):
             raise Fault(f"it names {file.path!r}, which leads out of a folder", final=True)
     return files, following
+
+
+def fetch_all(files: list[HubFile], folder: Path) -> list[Path]:
+    """Those files in `folder`, all of them whole. Raises Failure."""
+    missing = [file for file in files if not (folder / Path(file.path).name).exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    need, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
+    if need > free:
+        raise Failure(f"{folder} needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB of the disk are free", INPUT_OUTPUT)
+    for number, file in enumerate(files, 1):
+        print(f"{file.path}, {number} of {len(files)}, {file.size / 1e6:,.0f} MB", flush=True)
+        fetch(folder / Path(file.path).name, file.url, file.sha256, file.size, deadline_seconds=24 * 3600)
+    return [folder / Path(file.path).name for file in files]
+
+
+# ---- models of the Hugging Face hub, kept where its own library keeps them
+
+MODELS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+MODELS |= {"distilgpt2": "distilbert/distilgpt2"}
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+SMALL_FILES = "config.json generation_config.json tokenizer.json tokenizer_config.json vocab.json merges.txt".split()
+
+
+def hub_name(name: str) -> str:
+    """The repository OWNER/NAME that `name` means on the hub; "" where it means none."""
+    return MODELS.get(name) or (name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) else "")
+
+
+def names_model(name: str) -> bool:
+    """Whether `name` can be a model's: an existing folder, one of MODELS, or OWNER/NAME."""
+    return bool(hub_name(name) or name and Path(os.path.expanduser(name)).is_dir())
+
+
+def fetch_model(name: str, weights: bool = True) -> Path:
+    """The folder of a model: `name` itself, or its snapshot in the hub's cache, downloaded where it isn't there.
+
+    weights: with them, or only config and tokenizer. What the cache holds is used without a request. Raises Failure.
+    """
+    folder, repo = Path(os.path.expanduser(name)), hub_name(name)
+    if not (missing := missing_file(folder, weights)):
+        return folder
+    if not repo or folder.is_dir() and name not in MODELS:
+        raise Failure(f"{folder} holds no {missing}; name a folder that does, or OWNER/NAME on the Hugging Face Hub")
+    cache = hub_cache() / f"models--{repo.replace('/', '--')}"
+    main = cache / "refs" / "main"  # names the commit whose snapshot is the newest
+    if main.is_file() and is_commit(commit := main.read_text(encoding="utf-8", errors="replace").strip()):
+        if not missing_file(cache / "snapshots" / commit, weights):
+            return cache / "snapshots" / commit
+    names = "config.json, model.safetensors and tokenizer.json" if weights else "tokenizer.json"
+    advice = f"run this again with a network, or put {names} of {repo} into a folder and name that instead of {name}"
+    commit = persist(read_commit, f"{hub_endpoint()}/api/models/{repo}/revision/main", 60, advice)
+    download_model(repo, commit, weights, cache / "snapshots" / commit)
+    main.parent.mkdir(exist_ok=True)
+    with atomic_file(main) as file:  # last: what it names is whole
+        file.write(commit.encode())
+    return cache / "snapshots" / commit
+
+
+def hub_cache() -> Path:
+    """The folder in which the hub's own library keeps what it downloads."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+
+
+def is_commit(text: str) -> bool:
+    return bool(re.fullmatch(r"[0-9a-f]{40}", text))
+
+
+def read_commit(session: requests.Session, url: str, deadline: float) -> str:
+    """The commit that the hub's page on a revision states. Raises Fault."""
+    with answer(session, url, deadline, {}) as response:
+        text = b"".join(body(response, deadline, MOST_PAGE_BYTES))
+    try:
+        commit = str(json.loads(text)["sha"])
+    except Exception as error:  # of many types, for all that a page can hold instead
+        raise Fault(f"it states no commit ({type(error).__name__})", final=True) from None
+    if not is_commit(commit):
+        raise Fault(f"it states {commit[:60]!r}, which is no commit", final=True)
+    return commit
+
+
+def missing_file(folder: Path, weights: bool) -> str:
+    """A file that a model's folder lacks; "" where all that is needed is there."""
+    if not weights:
+        return "" if has_tokenizer(folder) else "tokenizer.json"
+    is_sharded = (folder / WEIGHTS_INDEX).is_file() and not (folder / WEIGHTS).is_file()
+    names = ["config.json", *(shard_names(folder) if is_sharded else [WEIGHTS])]
+    return next((name for name in names if not (folder / name).is_file()), "")
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The files of weights that a folder's index names. Raises Failure where one is not a plain name."""
+    try:
+        names = sorted(set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values()))
+        wrong = [name for name in names if not re.fullmatch(r"\w[\w.-]*\.safetensors", name, re.ASCII)]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        names, wrong = [], ["nothing"]
+    if wrong:
+        raise Failure(f"{folder / WEIGHTS_INDEX} names {wrong[0]}, and only *.safetensors beside it are read")
+    return names
+
+
+def download_model(repo: str, commit: str, weights: bool, folder: Path):
+    """Bring the files that a model needs from the hub into `folder`: never a pickle. Raises Failure."""
+    files = {file.path: file for file in hub_files(repo, commit, "", "models")}
+    wanted = [*SMALL_FILES, *([WEIGHTS if WEIGHTS in files else WEIGHTS_INDEX] if weights else [])]
+    fetch_all([files[name] for name in wanted if name in files], folder)
+    if weights and WEIGHTS not in files and WEIGHTS_INDEX in files:
+        fetch_all([files[name] for name in shard_names(folder) if name in files], folder)
+    if missing := missing_file(folder, weights):
+        raise Failure(f"{repo} on the Hugging Face Hub has no {missing}, which is needed; choose another model")
 
 
 # ---- reading: each source yields its documents, and where each stands, in an order that does not change
@@ -1089,16 +1394,7 @@ def stdlib_files() -> list[Path]:
 
 def download_all(named: Named, folder: Path) -> list[Path]:
     """The files of a dataset on the Hugging Face Hub, in `folder`, all of them whole. Raises Failure."""
-    files = hub_files(named.repository, named.revision, named.prefix)
-    missing = [file for file in files if not (folder / Path(file.path).name).exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    need, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
-    if need > free:
-        raise Failure(f"{folder} needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB of the disk are free", INPUT_OUTPUT)
-    for number, file in enumerate(files, 1):
-        print(f"{file.path}, {number} of {len(files)}, {file.size / 1e6:,.0f} MB", flush=True)
-        fetch(folder / Path(file.path).name, file.url, file.sha256, file.size, deadline_seconds=24 * 3600)
-    return [folder / Path(file.path).name for file in files]
+    return fetch_all(hub_files(named.repository, named.revision, named.prefix), folder)
 
 
 # ---- words and their n-grams as hashes, for whatever looks for repetition

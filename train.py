@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import config
+import prepare_data
 from config import NOT_FINITE, Failure
 
 
@@ -34,12 +35,12 @@ class TrainConfig:
     """Train a GPT on a dataset of data/ and keep it in a folder of out/. The defaults are GPT-2 124M's."""
 
     out_dir: str = "out/run"  # the run's folder: checkpoints, metrics.jsonl, loss.png
-    init_from: str = "scratch"  # scratch, resume, or a GPT-2 folder in Hugging Face's layout, which brings its shape
+    init_from: str = "scratch"  # scratch, resume, or a GPT-2, which brings its shape: gpt2, a folder, OWNER/NAME (Hub)
     overwrite: bool = False  # start anew although out_dir holds a run, and lose that
     seed: int = 1337  # of the first weights, the order of the data, and dropout
     dataset: str = "stdlib"  # a folder in data_dir; stdlib and shakespeare are prepared when missing
     data_dir: str = "data"  # the folder that datasets stand in
-    tokenizer: str = ""  # of shards made elsewhere, without a manifest: gpt2, bytes, or a .tiktoken file
+    tokenizer: str = ""  # of shards made elsewhere, without a manifest: whatever prepare_data.py takes but bpe:N
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads a block
     n_embd: int = 768  # width
@@ -86,6 +87,11 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r} and must be one of {', '.join(choices)}")
+        if self.fine_tunes() and not prepare_data.names_model(self.init_from):
+            known = ", ".join(prepare_data.MODELS)
+            raise ValueError(
+                f"init_from {self.init_from!r} is not scratch, resume, a folder, {known}, or OWNER/NAME on the Hub"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
         if self.min_lr > self.learning_rate:
@@ -101,6 +107,10 @@ class TrainConfig:
                 f"the nearest is {max(1, round(self.batch_tokens / unit)) * unit}"
             )
 
+    def fine_tunes(self) -> bool:
+        """Whether the run starts from a model in Hugging Face's layout."""
+        return self.init_from not in ("scratch", "resume")
+
 
 if __name__ == "__main__":  # the settings come first: a mistake in them shows before torch's seconds of loading
     settings = config.load(TrainConfig, sys.argv[1:])
@@ -111,7 +121,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import prepare_data
 from model import GPT, GPTConfig, load_hf
 
 # ---- which tokens a step sees: a pure function of the seed and the step, so resuming needs no state but the step
@@ -467,16 +476,31 @@ def build_model(settings: TrainConfig, dataset: prepare_data.Dataset, saved: dic
         torch.manual_seed(settings.seed)  # the same weights on any device: they are drawn on the CPU
         model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
     else:
-        try:
-            model = load_hf(Path(settings.init_from), dropout=settings.dropout)
-        except (OSError, ValueError) as error:
-            raise Failure(f"init_from {settings.init_from} is not scratch, resume or a GPT-2 folder: {error}") from None
-        if model.config.vocab_size != vocab_size or model.config.block_size < settings.block_size:
-            raise Failure(
-                f"{settings.init_from} has {model.config.vocab_size} tokens and contexts of {model.config.block_size}; "
-                f"dataset {settings.dataset} has {vocab_size} tokens, and block_size is {settings.block_size}"
-            )
+        model = fetched_model(settings, dataset)
     model.activation_checkpointing = settings.activation_checkpointing
+    return model
+
+
+def fetched_model(settings: TrainConfig, dataset: prepare_data.Dataset) -> GPT:
+    """The model to fine-tune. Raises Failure where it or its tokenizer doesn't fit the settings and the dataset."""
+    name, encoding = settings.init_from, dataset.encoding
+    folder = prepare_data.fetch_model(name)
+    if prepare_data.has_tokenizer(folder):
+        tokenizer = prepare_data.load_hf_tokenizer(folder, name)
+        if not prepare_data.same_tokens(tokenizer, encoding):
+            raise Failure(
+                f"dataset {settings.dataset} has the tokenizer {encoding.name}, and {name} was trained with another; "
+                f"make it anew: python prepare_data.py NAME --source=PATH --tokenizer={name}"
+            )
+    try:
+        model = load_hf(folder, dropout=settings.dropout)
+    except (OSError, ValueError) as error:
+        raise Failure(f"init_from {name} is no GPT-2 that can be read: {error}") from None
+    if model.config.vocab_size < encoding.n_vocab or model.config.block_size < settings.block_size:
+        raise Failure(
+            f"{name} has {model.config.vocab_size} tokens and contexts of {model.config.block_size}; "
+            f"dataset {settings.dataset} has {encoding.n_vocab} tokens, and block_size is {settings.block_size}"
+        )
     return model
 
 
@@ -784,6 +808,8 @@ def draw_losses(folder: Path):
 def main(settings: TrainConfig):
     refuse_to_overwrite(settings)
     with start_ranks(settings.device) as ranks, contextlib.ExitStack() as held:
+        if settings.fine_tunes():  # before a dataset is made: what it lacks shows at once
+            ranks.first_alone(lambda: prepare_data.fetch_model(settings.init_from))
         dataset = open_dataset(settings, ranks)
         lock = Path(settings.out_dir) / "lock"
         in_use = f"{settings.out_dir} is in use by another run; choose another --out_dir"

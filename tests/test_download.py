@@ -529,6 +529,173 @@ def test_the_token_stays_with_the_hub(tmp_path, hub, monkeypatch):
     assert [request.headers["Authorization"] for request in other.asked] == [None] * 3
 
 
+# ---- models of the hub
+
+COMMIT = "0123456789" * 4
+INDEX = "model.safetensors.index.json"
+SHARDED = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+    INDEX: json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode(),
+    "model-1.safetensors": BODY,
+    "model-2.safetensors": NEW,
+}
+LEFT_OUT = {"pytorch_model.bin": b"pickle", "onnx/model.safetensors": b"x", "README.md": b"x"}
+
+
+def model_hub(files: dict[str, bytes], commit: str = COMMIT, elsewhere: str = ""):
+    """An answer to all that is asked about the model who/what. elsewhere: the URL that weights are redirected to."""
+
+    def item(name):
+        lfs = {"lfs": {"oid": hashlib.sha256(files[name]).hexdigest()}} if name.endswith(".safetensors") else {}
+        return {"type": "file", "path": name, "size": len(files[name])} | lfs
+
+    pages = {
+        "/api/models/who/what/revision/main": whole(json.dumps({"sha": commit}).encode()),
+        f"/api/models/who/what/tree/{commit}": listing([item(name) for name in files]),
+    }
+    for name, content in files.items():
+        moved = elsewhere and name.endswith(".safetensors")
+        answer = whole(b"", 302, Location=elsewhere) if moved else whole(content)
+        pages[f"/who/what/resolve/{commit}/{name}"] = answer
+    return lambda handler: pages.get(handler.path.partition("?")[0], whole(b"", 404))(handler)
+
+
+@pytest.fixture
+def cache(hub, tmp_path, monkeypatch):
+    """The folder of who/what in a hub's cache that is empty."""
+    for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "hub" / "models--who--what"
+
+
+def test_a_model_arrives_once_and_in_the_hubs_own_layout(hub, cache, tmp_path, monkeypatch):
+    hub.answers = [model_hub(SHARDED | LEFT_OUT)]
+    for _ in range(2):
+        folder = prepare_data.fetch_model("who/what")
+        assert folder == cache / "snapshots" / COMMIT and names(folder) == sorted(SHARDED)
+    assert all((folder / name).read_bytes() == content for name, content in SHARDED.items())
+    assert (cache / "refs" / "main").read_bytes() == COMMIT.encode() and names(cache / "refs") == ["main"]
+    assert len(hub.asked) == 2 + len(SHARDED)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
+    assert prepare_data.fetch_model("who/what").is_relative_to(tmp_path / "other")
+
+
+def test_a_tokenizer_comes_without_the_weights_and_they_follow(hub, cache):
+    hub.answers = [model_hub(SHARDED)]
+    assert names(prepare_data.fetch_model("who/what", weights=False)) == ["config.json", "tokenizer.json"]
+    assert names(prepare_data.fetch_model("who/what")) == sorted(SHARDED)
+    assert [request.path for request in hub.asked].count(f"/who/what/resolve/{COMMIT}/tokenizer.json") == 1
+
+
+def test_transformers_finds_what_was_fetched(hub, cache):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    hub.answers = [model_hub(SHARDED)]
+    folder = prepare_data.fetch_model("who/what")
+    for name in SHARDED:
+        assert huggingface_hub.try_to_load_from_cache("who/what", name, cache.parent) == str(folder / name)
+
+
+def test_what_the_hubs_own_library_fetched_needs_no_network(cache, monkeypatch):
+    snapshot = cache / "snapshots" / COMMIT
+    for folder in (snapshot, cache / "blobs", cache / "refs"):
+        folder.mkdir(parents=True)
+    for number, name in enumerate(SHARDED):
+        (cache / "blobs" / f"{number}").write_bytes(SHARDED[name])
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    (cache / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert prepare_data.fetch_model("who/what") == snapshot
+    (cache / "blobs" / "4").unlink()
+    with pytest.raises(Failure, match="ConnectionError"):
+        prepare_data.fetch_model("who/what")
+
+
+def test_the_token_goes_to_the_hub_and_not_where_weights_lie(hub, cache, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with serving() as other:
+        other.answers = [whole()]
+        hub.answers = [model_hub({"config.json": b"{}", "model.safetensors": BODY}, elsewhere=other.url)]
+        assert (prepare_data.fetch_model("who/what") / "model.safetensors").read_bytes() == BODY
+    assert {request.headers["Authorization"] for request in hub.asked} == {"Bearer secret"}
+    assert [request.headers["Authorization"] for request in other.asked] == [None]
+
+
+def index_of(*shards) -> dict[str, bytes]:
+    return SHARDED | {INDEX: json.dumps({"weight_map": dict(enumerate(shards))}).encode()}
+
+
+@pytest.mark.parametrize(
+    "answer, message, code",
+    [
+        (model_hub(SHARDED, elsewhere="/who/what/resolve/wrong"), "the server answers 404", INPUT_OUTPUT),
+        (model_hub(index_of("../../../../evil.safetensors")), r"names \.\./.*evil", 2),
+        (model_hub(index_of("/evil.safetensors")), "names /evil", 2),
+        (model_hub(index_of("a/evil.safetensors")), "names a/evil", 2),
+        (model_hub(index_of("evil.bin")), "names evil.bin", 2),
+        (model_hub(index_of(3)), "names nothing", 2),
+        (model_hub(index_of("model-3.safetensors")), "has no model-3.safetensors", 2),
+        (model_hub(SHARDED | {INDEX: b"[" * 100_000}), "names nothing", 2),
+        (model_hub({"config.json": b"{}"} | LEFT_OUT), "has no model.safetensors", 2),
+        (model_hub(SHARDED, commit="../../../evil"), "is no commit", INPUT_OUTPUT),
+        (whole(b"[]"), "it states no commit", INPUT_OUTPUT),
+        (whole(b"", 401), "the server answers 401", INPUT_OUTPUT),
+    ],
+)
+def test_a_model_that_is_not_as_it_should_be_fails(hub, cache, tmp_path, answer, message, code):
+    hub.answers = [answer]
+    with pytest.raises(Failure, match=message) as failure:
+        prepare_data.fetch_model("who/what")
+    assert failure.value.code == code and len(str(failure.value).splitlines()) <= 2
+    assert not (cache / "refs").exists() and not list(tmp_path.rglob("*evil*")) and not list(tmp_path.rglob("*.bin"))
+
+
+def test_weights_that_differ_from_their_hash_are_not_kept(hub, cache):
+    with serving() as other:
+        other.answers = [whole(NEW)]
+        hub.answers = [model_hub({"config.json": b"{}", "model.safetensors": BODY}, elsewhere=other.url)]
+        with pytest.raises(Failure, match=f"it has SHA-256 .*, not {SHA256}"):
+            prepare_data.fetch_model("who/what")
+    assert not (cache / "refs").exists() and not (cache / "snapshots" / COMMIT / "model.safetensors").exists()
+
+
+def test_a_disk_too_small_for_a_model_is_noticed_first(hub, cache, monkeypatch):
+    hub.answers = [model_hub({"config.json": b"{}", "model.safetensors": BODY})]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=len(BODY)))
+    with pytest.raises(Failure, match="GB of the disk are free"):
+        prepare_data.fetch_model("who/what")
+    assert names(cache / "snapshots" / COMMIT) == []
+
+
+def test_without_a_network_one_learns_which_files_to_put_where(cache, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    wanted = (
+        "put config.json, model.safetensors and tokenizer.json of openai-community/gpt2 into a folder and name that"
+    )
+    with pytest.raises(Failure, match="put tokenizer.json of openai-community/gpt2"):
+        prepare_data.fetch_model("gpt2", weights=False)
+    with pytest.raises(Failure, match=wanted) as failure:
+        prepare_data.fetch_model("gpt2")
+    assert failure.value.code == INPUT_OUTPUT and len(str(failure.value).splitlines()) == 2
+
+
+def test_a_folder_stays_a_folder(tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "who/what"):
+        (tmp_path / name).mkdir(parents=True)
+        with pytest.raises(Failure, match="answers 404" if name == "gpt2" else "what holds no config.json"):
+            hub.answers = [whole(b"", 404)]
+            prepare_data.fetch_model(name)
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / name / file).touch()
+        assert prepare_data.fetch_model(name) == Path(name)
+    assert len(hub.asked) == 1
+    known = ("distilgpt2", "gpt2-xl", "a/b", str(tmp_path))
+    assert all(map(prepare_data.names_model, known))
+    assert not any(map(prepare_data.names_model, ("typo", "a/b/c", "../b", "a/..", "./b", "a/b c", "/a/b", "a//b", "")))
+
+
 # ---- the lock
 
 

@@ -1,11 +1,15 @@
 """Properties of the model."""
 
+import json
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run
 
+import prepare_data
 from model import GPT, GPTConfig, load_hf, save_hf
 
 SHAPE = dict(vocab_size=97, block_size=24, n_layer=2, n_head=2, n_embd=32)
@@ -135,7 +139,7 @@ def test_a_folder_of_transformers_loads_here(tmp_path):
 def test_a_folder_of_ours_loads_in_transformers_and_here(tmp_path, bias):
     transformers = pytest.importorskip("transformers")
     ours, tokens = make_model(bias=bias).eval(), some_tokens(2, 24)
-    save_hf(ours, tmp_path)
+    save_hf(ours, tmp_path, 96)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
     assert torch.allclose(ours(tokens), load_hf(tmp_path).eval()(tokens), atol=1e-6)
@@ -144,17 +148,17 @@ def test_a_folder_of_ours_loads_in_transformers_and_here(tmp_path, bias):
 
 def test_a_folder_that_is_no_gpt2_is_refused(tmp_path):
     pytest.importorskip("safetensors")
-    save_hf(make_model(), tmp_path)
+    save_hf(make_model(), tmp_path, 96)
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("gelu_new", "relu"))
     with pytest.raises(ValueError, match="activation_function is 'relu'"):
         load_hf(tmp_path)
-    save_hf(make_model(), tmp_path)
+    save_hf(make_model(), tmp_path, 96)
     (tmp_path / "config.json").write_text(
         (tmp_path / "config.json").read_text().replace('"n_embd": 32', '"n_embd": 64')
     )
-    with pytest.raises(ValueError, match="wte.weight has shape"):
+    with pytest.raises(ValueError, match="c_attn.bias has shape"):
         load_hf(tmp_path)
-    save_hf(make_model(), tmp_path)
+    save_hf(make_model(), tmp_path, 96)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         load_hf(tmp_path)
@@ -164,6 +168,128 @@ def test_a_folder_that_is_no_gpt2_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="no whole shape"):
         load_hf(tmp_path)
+
+
+def shard(folder, change=lambda name: name, dtype=torch.float32, extra=None, left_out=()):
+    """Part the folder's model.safetensors into two files with an index, names, types and contents changed as asked."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors") | (extra or {})
+    state = {change(name): tensor.to(dtype) for name, tensor in state.items() if name not in left_out}
+    weight_map = {}
+    for number in range(2):
+        part = {name: state[name] for name in sorted(state)[number::2]}
+        save_file(part, folder / f"model-{number}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_shards_load_in_any_type_with_and_without_prefix(tmp_path, dtype, prefix):
+    pytest.importorskip("safetensors")
+    ours = make_model().eval()
+    save_hf(ours, tmp_path, 96)
+    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24), "transformer.h.0.attn.masked_bias": torch.ones(())}
+    masks |= {"lm_head.weight": torch.ones(97, 32)}
+    shard(tmp_path, lambda name: name.replace("transformer.", prefix), dtype, masks)
+    for name, weight in load_hf(tmp_path).named_parameters():
+        wanted = dict(ours.named_parameters())[name]
+        if name == "wte.weight":
+            weight, wanted = weight[:97], wanted[:97]  # the rest is padding
+        assert weight.dtype == torch.float32 and torch.equal(weight, wanted.to(dtype).float()), name
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux says it so")
+def test_loading_holds_the_model_and_little_more(tmp_path):
+    pytest.importorskip("safetensors")
+    ours = make_model(n_layer=8, n_embd=512, vocab_size=1000)  # 103 MB
+    save_hf(ours, tmp_path, 96)
+    size = sum(p.numel() * 4 for p in ours.parameters())
+    shard(tmp_path)
+    code = (
+        "import sys, pathlib, re, torch, model, safetensors.torch\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]) * 1024\n"
+        "before, loaded = peak(), model.load_hf(pathlib.Path(sys.argv[1]))\n"
+        "print(peak() - before)"
+    )
+    result = run("-c", code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 2.4 * size  # the model, and the pages of the files
+
+
+def test_shards_that_are_not_whole_are_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    folders = [tmp_path / str(number) for number in range(5)]
+    for folder in folders:
+        save_hf(make_model(), folder, 96)
+    shard(folders[0], left_out=["transformer.h.1.ln_1.weight"])
+    with pytest.raises(ValueError, match="lack h.1.ln_1.weight, and 0 more"):
+        load_hf(folders[0])
+    shard(folders[1], extra={"transformer.h.1.ln_1.weight": torch.ones(33)})
+    with pytest.raises(ValueError, match=r"h.1.ln_1.weight has shape \(33,\), and config.json wants \(32,\)"):
+        load_hf(folders[1])
+    shard(folders[2], dtype=torch.int8)
+    with pytest.raises(ValueError, match="is of type torch.int8"):
+        load_hf(folders[2])
+    shard(folders[3])
+    (folders[3] / "model-1.safetensors").unlink()
+    with pytest.raises(OSError):
+        load_hf(folders[3])
+    shard(folders[4])
+    for name in ("../0/model-0.safetensors", str(folders[0] / "model-0.safetensors"), "model.bin", 3):
+        index = {"weight_map": {"a": name}}
+        (folders[4] / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="is no file of weights beside it"):
+            load_hf(folders[4])
+    (folders[4] / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_hf(folders[4])
+
+
+def test_transformers_goes_on_as_our_model_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the"]
+    encoding, ours = prepare_data.make_tokenizer(tokens, "x"), make_model(vocab_size=260).eval()
+    save_hf(ours, tmp_path, encoding.eot_token)
+    prepare_data.save_hf_tokenizer(encoding, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(theirs, transformers.GPT2LMHeadModel) and theirs.config.eos_token_id == tokenizer.eos_token_id
+    prompt = tokenizer("the cat", return_tensors="pt")
+    tokens = encoding.encode("the cat")
+    found = theirs.generate(**prompt, do_sample=False, max_new_tokens=16)[0].tolist()
+    with torch.no_grad():
+        while len(tokens) < len(found):
+            tokens.append(int(ours(torch.tensor([tokens]))[0, -1].argmax()))
+    assert found == tokens and (len(found) == len(prompt["input_ids"][0]) + 16 or found[-1] == encoding.eot_token)
+
+
+def test_an_export_in_bf16_is_half_as_large_and_says_so(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = make_model()
+    save_hf(ours, tmp_path, 5, torch.bfloat16)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == torch.bfloat16 and theirs.generation_config.eos_token_id == theirs.config.bos_token_id == 5
+    assert torch.equal(theirs.transformer.wte.weight, ours.wte.weight[:97].bfloat16())
+    assert torch.equal(load_hf(tmp_path).wpe.weight, ours.wpe.weight.bfloat16().float())
+
+
+def test_an_export_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    save_hf(make_model(), tmp_path, 96)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def broken(state, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(safetensors, "save_file", broken)
+    with pytest.raises(OSError, match="disk is full"):
+        save_hf(make_model(), tmp_path, 96)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.gpu

@@ -178,12 +178,250 @@ def test_a_tokenizer_survives_its_file():
     assert again._mergeable_ranks == encoding._mergeable_ranks
 
 
+def test_a_tokenizer_with_end_of_text_anywhere_survives_its_file(tmp_path):
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"abab"]
+    plain = prepare_data.make_tokenizer(tokens, "x")
+    assert prepare_data.END_OF_TEXT not in prepare_data.write_tokenizer(plain)  # the id after the last is understood
+    first = prepare_data.make_encoding({token: 1 + rank for rank, token in enumerate(tokens)}, 0, "x")
+    far = prepare_data.make_encoding({token: 2 * rank for rank, token in enumerate(tokens)}, 999, "x")
+    for encoding, n_vocab in ((plain, 259), (first, 259), (far, 1000)):
+        (tmp_path / "x.tiktoken").write_text(prepare_data.write_tokenizer(encoding))
+        again = prepare_data.load_tokenizer(str(tmp_path / "x.tiktoken"), tmp_path)
+        assert prepare_data.same_tokens(again, encoding) and again.eot_token == encoding.eot_token
+        assert again.encode_ordinary("ababab") == encoding.encode_ordinary("ababab") and again.n_vocab == n_vocab
+    assert not prepare_data.same_tokens(plain, first)
+    gpt4 = prepare_data.make_tokenizer(tokens, "x:gpt4")
+    assert not prepare_data.same_tokens(plain, gpt4)  # the pattern differs
+
+
 def test_bad_tokenizer_files_are_refused():
     lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
     assert prepare_data.read_tokenizer("\n".join(lines), "x").n_vocab == 257
     for bad in (["hello"], lines[:-1], lines + ["YWI= 300"], lines + ["!!!! 256"], lines + ["YQ== 256"], ["a b c"]):
         with pytest.raises(Failure):
             prepare_data.read_tokenizer("\n".join(bad), "x")
+    for ids in (["300", "301"], ["256"], ["-1"], ["2147483648"], ["x"]):  # two, another's, and what is no id
+        bad = [*lines, "YWI= 256", *(f"{prepare_data.END_OF_TEXT} {number}" for number in ids)]
+        with pytest.raises(Failure):
+            prepare_data.read_tokenizer("\n".join(bad), "x")
+    with pytest.raises(Failure):  # YR== is another spelling of YQ==
+        prepare_data.read_tokenizer("\n".join([*lines, "YR== 256", f"{prepare_data.END_OF_TEXT} 300"]), "x")
+
+
+# ---- tokenizers of Hugging Face folders
+
+
+ALPHABETS = (
+    "abcdefgh 'sStTlLvVrReEdDmM",
+    " \t\n\r\x0b\x0c\x85\u2028\u3000\xa0",
+    "0123456789\u00b2\u00bd\u0663",
+    "\u00e9\u00e0\u00fc\u00df\u0301\u017f\u212a\ufb06",
+    "\u65e5\u672c\u8a9e\ud55c\uad6d\u05d0\u05d1\u0627\u0644\u0939\u093f",
+    "\U0001f600\U0001f469\u200d\U0001f467\U0001f3fd\U0001f1e9\U0001f1ea\ufe0f",
+    "".join(map(chr, range(32))) + "\x7f",
+    "!?.,-\u2014<|>",
+)
+PROSE = (
+    "the cat sat on the mat with the other cats; that's that.  \n\n 1234 \u65e5\u672c\u8a9e na\u00efve \U0001f600! " * 9
+)
+
+
+def random_texts(count: int) -> list[str]:
+    """Strings of mixed scripts, emoji, control characters, runs of white space, and what looks like end-of-text."""
+    chooser, texts = random.Random(0), []
+    for _ in range(count):
+        pieces = []
+        for _ in range(chooser.randrange(1, 12)):
+            pieces.append("".join(chooser.choices(chooser.choice(ALPHABETS), k=chooser.randrange(1, 9))))
+            rare = [prepare_data.END_OF_TEXT, "the cats", chr(chooser.randrange(0xE000, 0x110000))]
+            pieces.append(chooser.choice(rare) if chooser.random() < 0.2 else "")
+        texts.append("".join(pieces))
+    return texts
+
+
+def their_ids(folder, texts: list[str]) -> list[list[int]]:
+    """What the library `tokenizers` makes of texts, in which it is to see no special tokens."""
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    return [found.ids for found in theirs.encode_batch(texts, add_special_tokens=False)]
+
+
+def make_hf_folder(folder, special=(prepare_data.END_OF_TEXT,), **changes):
+    """A tokenizer that the library trained, special tokens first, as tokenizer.json and as the older pair of files."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([PROSE], trainer)
+    folder.mkdir(exist_ok=True)
+    tokenizer.model.save(str(folder))
+    facts = json.loads(tokenizer.to_str())
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = facts
+        for parent in parents:
+            place = place[parent]
+        place[last] = value(place.get(last)) if callable(value) else value
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("special, end", [(["<|endoftext|>"], 0), (["<pad>", "<s>", "</s>"], 2)])
+@pytest.mark.parametrize("files", ["tokenizer.json", "pair"])
+def test_a_folders_tokenizer_makes_the_same_ids(tmp_path, special, end, files):
+    make_hf_folder(tmp_path, special)
+    texts = random_texts(2000)
+    wanted = their_ids(tmp_path, texts)
+    names = {"pad_token": "<pad>", "bos_token": {"content": "<s>"}, "eos_token": special[-1]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    if files == "pair":
+        (tmp_path / "tokenizer.json").unlink()
+    encoding = prepare_data.load_tokenizer(str(tmp_path), tmp_path)
+    assert encoding.eot_token == end and encoding.n_vocab > 300
+    assert [encoding.encode_ordinary(text) for text in texts] == wanted
+    again = prepare_data.read_tokenizer(prepare_data.write_tokenizer(encoding), encoding.name)
+    assert [again.encode_ordinary(text) for text in texts] == wanted and again.eot_token == end
+
+
+def test_end_of_text_is_what_the_folder_says(tmp_path):
+    added = [
+        {"id": 5000 + number, "content": content, "special": True}
+        for number, content in enumerate((prepare_data.END_OF_TEXT, "<|im_end|>"))
+    ]
+    make_hf_folder(tmp_path, [], added_tokens=added)
+    assert prepare_data.load_hf_tokenizer(tmp_path, "x").eot_token == 5000
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert prepare_data.load_hf_tokenizer(tmp_path, "x").eot_token == 5001
+    make_hf_folder(tmp_path, [])
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 777}')
+    assert prepare_data.load_hf_tokenizer(tmp_path, "x").eot_token == 777
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(Failure, match="neither an eos_token nor"):
+        prepare_data.load_hf_tokenizer(tmp_path, "x")
+
+
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": "a|b"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"normalizer": {"type": "NFC"}}, "its normalizer is"),
+        ({"model__type": "Unigram"}, "its type is 'Unigram'"),
+        ({"model__dropout": 0.1}, "its dropout is 0.1"),
+        ({"model__byte_fallback": True}, "its byte_fallback is True"),
+        ({"model__end_of_word_suffix": "</w>"}, "its end_of_word_suffix is"),
+        ({"pre_tokenizer": None}, "byte-level kind"),
+        ({"pre_tokenizer__add_prefix_space": True}, "add_prefix_space"),
+        ({"pre_tokenizer": LEVEL}, "it splits text by a pattern that is none of gpt2, gpt4"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, LEVEL]}}, "it splits text by a pattern"),
+        ({"model__merges": lambda merges: [*merges[1:], merges[0]]}, "out of order or never made"),
+        ({"model__merges": lambda merges: [*merges[:-2], merges[-1], merges[-2]]}, "out of order or never made"),
+        ({"model__merges": lambda merges: merges[:-1]}, "is neither a byte, nor merged, nor special"),
+        ({"model__merges": lambda merges: [*merges, ["th", "e"], ["t", "he"]]}, "out of order or never made"),
+        ({"model__vocab": lambda vocab: vocab | {"unheard of": 900}}, "its entry 'unheard of' is neither"),
+        ({"model__vocab": lambda vocab: {token: vocab[token] for token in vocab if token != "!"}}, "KeyError"),
+        ({"model__vocab": lambda vocab: vocab | {"!": vocab["?"]}}, "nothing twice"),
+        ({"model__vocab": lambda vocab: vocab | {"!": "1"}}, "no whole number"),
+        ({"added_tokens": [{"id": 0, "content": "  ", "special": False}]}, "text can become the token '  '"),
+        ({"model": None}, "AttributeError"),
+    ],
+)
+def test_a_tokenizer_whose_ids_could_differ_is_refused(tmp_path, changes, message):
+    make_hf_folder(tmp_path, **changes)
+    with pytest.raises(Failure, match=message) as failure:
+        prepare_data.load_hf_tokenizer(tmp_path, "x")
+    assert len(str(failure.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
+def test_a_space_put_before_each_text_is_refused(tmp_path, file):
+    make_hf_folder(tmp_path)
+    if file == "vocab.json":
+        (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    with pytest.raises(Failure, match="add_prefix_space"):
+        prepare_data.load_hf_tokenizer(tmp_path, "x")
+
+
+def test_a_merge_that_is_never_made_is_refused(tmp_path):
+    make_hf_folder(tmp_path)
+    facts = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(facts["model"]["vocab"].values())
+    for number, (left, right) in enumerate((("x", "q"), ("q", "z"), ("x", "qz")), 1):  # of x q z, x q merges first
+        facts["model"]["vocab"][left + right] = last + number
+        facts["model"]["merges"].append([left, right])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
+    with pytest.raises(Failure, match="merge of 'x' and 'qz' is out of order or never made"):
+        prepare_data.load_hf_tokenizer(tmp_path, "x")
+
+
+def test_a_huge_or_damaged_tokenizer_file_is_refused(tmp_path, monkeypatch):
+    for content in ("[" * 100_000, "[1]", "{", "\ud800"):
+        (tmp_path / "tokenizer.json").write_text(content, errors="surrogatepass")
+        with pytest.raises(Failure, match="holds no JSON object"):
+            prepare_data.load_hf_tokenizer(tmp_path, "x")
+    monkeypatch.setattr(prepare_data, "MOST_JSON_BYTES", 10)
+    (tmp_path / "tokenizer.json").write_text(" " * 11)
+    with pytest.raises(Failure, match="has 11 bytes; more than 10 are not read"):
+        prepare_data.load_hf_tokenizer(tmp_path, "x")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe:330", "bpe:330:gpt4", "x.tiktoken", "folder"])
+def test_an_exported_tokenizer_makes_the_same_ids(tmp_path, kind):
+    encoding = prepare_data.load_tokenizer("bytes", tmp_path)
+    if kind.startswith("bpe"):
+        pieces = prepare_data.regex.findall(prepare_data.pattern_of(kind), PROSE)
+        tokens = prepare_data.train_bpe(Counter(piece.encode() for piece in pieces), 330)
+        encoding = prepare_data.make_tokenizer(tokens, kind)
+    elif kind == "folder":
+        make_hf_folder(tmp_path / "theirs")
+        encoding = prepare_data.load_tokenizer(str(tmp_path / "theirs"), tmp_path)
+    elif kind == "x.tiktoken":
+        lines = [base64.b64encode(bytes([byte])).decode() for byte in reversed(range(256))] + ["dGg=", "dGhl"]
+        (tmp_path / kind).write_text("".join(f"{line} {number}\n" for number, line in enumerate(lines)))
+        encoding = prepare_data.load_tokenizer(str(tmp_path / kind), tmp_path)
+    prepare_data.save_hf_tokenizer(encoding, tmp_path / "hf")
+    texts = random_texts(2000)
+    wanted = [encoding.encode_ordinary(text) for text in texts]
+    assert their_ids(tmp_path / "hf", texts) == wanted
+    assert prepare_data.same_tokens(prepare_data.load_tokenizer(str(tmp_path / "hf"), tmp_path), encoding)
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf")
+    found = auto(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    assert found == wanted and auto.eos_token_id == auto.bos_token_id == encoding.eot_token
+    assert [auto.decode(tokens) for tokens in wanted[:50]] == texts[:50]
+
+
+def test_entries_that_merges_do_not_reach_cannot_be_exported(tmp_path):
+    tokens = [bytes([byte]) for byte in range(256)]
+    end = prepare_data.END_OF_TEXT.encode()
+    for entries in ([b"abc"], [end[:length] for length in range(2, len(end) + 1)]):
+        with pytest.raises(Failure, match="merges don't reach"):
+            prepare_data.save_hf_tokenizer(prepare_data.make_tokenizer(tokens + entries, "x"), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_dataset_is_made_with_a_folders_tokenizer(tmp_path):
+    make_hf_folder(tmp_path / "theirs")
+    text = PROSE * 20
+    (tmp_path / "a.txt").write_text(text)
+    manifest, train, val = prepared(tmp_path, tmp_path / "a.txt", tokenizer=str(tmp_path / "theirs"))
+    (wanted,) = their_ids(tmp_path / "theirs", [text])
+    assert train[0] == val[0] == 0 and (train[1:51] == wanted[:50]).all()
+    assert Dataset(tmp_path / "data" / "mine", 8).encoding.eot_token == 0
+    assert manifest["tokenizer"]["name"] == str(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ["typo", "bpe:1", "a/b/c", "x.tiktokens", "./none"])
+def test_a_tokenizer_that_is_none_is_refused_at_once(name):
+    with pytest.raises(ValueError, match="^tokenizer"):
+        PrepareConfig(name="x", source="y", tokenizer=name).check()
 
 
 # ---- datasets

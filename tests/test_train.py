@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics, run, tiny_arguments, tiny_run
+from test_download import model_hub, serving
+from test_model import shard
 
 import checkpoint
+import prepare_data
 import train
 from config import IN_USE, NO_CHECKPOINT, NOT_FINITE
 from model import GPT, GPTConfig, save_hf
@@ -279,7 +282,7 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path):
     pytest.importorskip("safetensors")
     torch.manual_seed(5)
     model = GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=1, n_embd=8))
-    save_hf(model, tmp_path / "hf")
+    save_hf(model, tmp_path / "hf", 256)
     start = [f"--init_from={tmp_path / 'hf'}", "--max_steps=1", "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
     result = tiny_run(data_dir, tmp_path / "run", *start)
     assert result.returncode == 0, result.stderr
@@ -291,11 +294,65 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path):
     assert result.returncode == 2 and "contexts of 64" in result.stderr and "block_size is 128" in result.stderr
 
 
+@pytest.fixture
+def published(tmp_path):
+    """A loopback hub with the model who/what and the tokenizer `bytes`, that model, and the environment to find it."""
+    pytest.importorskip("safetensors")
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(vocab_size=300, block_size=64, n_layer=1, n_head=1, n_embd=8))  # more than the tokenizer has
+    save_hf(model, tmp_path / "hf", 256)
+    shard(tmp_path / "hf")
+    prepare_data.save_hf_tokenizer(prepare_data.load_tokenizer("bytes", tmp_path), tmp_path / "hf")
+    with serving() as hub:
+        hub.answers = [model_hub({path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()})]
+        yield hub, model, {"HF_ENDPOINT": hub.host, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": ""}
+
+
+STILL = ["--init_from=who/what", "--max_steps=1", "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
+
+
+def test_fine_tuning_starts_from_a_model_of_the_hub(data_dir, tmp_path, published, monkeypatch):
+    hub, model, environment = published
+    result = run("train.py", *tiny_arguments(data_dir, tmp_path / "run"), *STILL, **environment)
+    assert result.returncode == 0, result.stderr
+    trained, wanted = weights(tmp_path / "run"), model.state_dict()
+    assert all(torch.equal(trained[name][:300], wanted[name][:300]) for name in wanted)
+    for name, value in (environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}).items():
+        monkeypatch.setenv(name, value)
+    assert tiny_run(data_dir, tmp_path / "again", *STILL).returncode == 0  # from the cache
+
+
+def test_a_model_and_a_dataset_of_different_tokenizers_are_refused(text_file, tmp_path, published, monkeypatch):
+    for name, value in published[2].items():
+        monkeypatch.setenv(name, value)
+    settings = prepare_data.PrepareConfig("tiny", str(text_file), tokenizer="bpe:280", data_dir=str(tmp_path / "data"))
+    prepare_data.prepare(settings)
+    result = tiny_run(tmp_path / "data", tmp_path / "run", *STILL)
+    assert result.returncode == 2 and "bpe:280" in result.stderr and "--tokenizer=who/what" in result.stderr
+    settings = prepare_data.replace(settings, name="fixed", tokenizer="who/what")
+    settings.check()
+    prepare_data.prepare(settings)
+    result = tiny_run(tmp_path / "data", tmp_path / "run", *STILL, "--dataset=fixed")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "name, code, message", [("typo", 2, "is not scratch, resume, a folder, gpt2"), ("who/what", 6, "put config.json")]
+)
+def test_a_model_that_is_not_to_be_had_is_told_before_a_dataset_is_made(tmp_path, name, code, message, monkeypatch):
+    monkeypatch.setattr(prepare_data, "OFFLINE_WAIT_SECONDS", 0.01)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    result = tiny_run(tmp_path / "data", tmp_path / "run", "--dataset=stdlib", f"--init_from={name}")
+    assert result.returncode == code and message in result.stderr and result.stderr.count("\n") <= 2
+    assert not (tmp_path / "data").exists() and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "options, code, message",
     [
         (["--init_from=resume", "--out_dir=none"], NO_CHECKPOINT, "there is no checkpoint"),
-        (["--init_from=nowhere"], 2, "is not scratch, resume or a GPT-2 folder"),
+        (["--init_from=nowhere"], 2, "is not scratch, resume, a folder, gpt2"),
         (["--dataset=nothing"], 2, "python prepare_data.py nothing --source=PATH"),
         (["--block_size=8192", "--batch_tokens=16384"], 2, "less than one window of 8193 val tokens"),
         (["--device=mps"], 2, "finds none here"),
