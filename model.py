@@ -160,6 +160,15 @@ class GPT(nn.Module):
         return 6 * parameters + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
 
+def empty_model(config: GPTConfig) -> GPT:
+    """A model whose weights are yet to be filled in; drawing random ones first would take seconds."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.lm_head.weight = model.wte.weight  # tied again
+    return model
+
+
 # ---- Hugging Face: a folder with config.json and safetensors in the layout of transformers' GPT2LMHeadModel.
 # It stores the four linear layers of a block as (in, out), where ours are (out, in); it always has biases, never the
 # padding of the vocabulary, and the tied head once.
@@ -183,7 +192,8 @@ def load_hf(folder: Path, dropout: float = 0.0) -> GPT:
     Raises OSError or ValueError where it isn't whole, or isn't a GPT-2.
     """
     safetensors = import_safetensors()
-    model = GPT(read_config(folder, dropout))
+    model = empty_model(read_config(folder, dropout))
+    model.wte.weight[model.config.vocab_size :] = 0  # the padding
     missing = in_hf_layout(model)
     for path in weight_files(folder):
         try:

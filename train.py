@@ -121,7 +121,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from model import GPT, GPTConfig, load_hf
+from model import GPT, GPTConfig, empty_model, load_hf
 
 # ---- which tokens a step sees: a pure function of the seed and the step, so resuming needs no state but the step
 
@@ -469,7 +469,7 @@ def build_model(settings: TrainConfig, dataset: prepare_data.Dataset, saved: dic
     """The model as a checkpoint has it, as a Hugging Face folder has it, or new."""
     vocab_size = dataset.encoding.n_vocab
     if saved:
-        model = GPT(GPTConfig(**saved["model_config"]))
+        model = empty_model(GPTConfig(**saved["model_config"]))
         model.load_state_dict(saved["model"])
     elif settings.init_from == "scratch":
         shape = {f.name: getattr(settings, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}

@@ -78,15 +78,20 @@ def bench_decoding(model: GPT, settings: BenchConfig, device: torch.device, rows
     noise = np.stack([sample.noise_for(1, row, settings.new_tokens) for row in range(rows)])
     options = sample.SampleConfig(max_new_tokens=settings.new_tokens, compile=compiled)
 
-    def speak():
+    def speak() -> list[float]:
+        """The moments before the first column, after the first ones, and after the last."""
+        moments = [time.perf_counter()]
         for _ in sample.generate(model, prompts, noise, settings.vocab_size, options):
-            pass
+            moments.append(time.perf_counter())
+        return moments
 
-    started = time.perf_counter()
-    speak()
-    first, taken = time.perf_counter() - started, seconds(device, speak)
-    name = f"{rows} row{'s' if rows > 1 else ''}{', compiled' if compiled else ''} (first time {first:.1f} s)"
-    show(name, [rows * settings.new_tokens / value for value in taken], "tokens/s")
+    first, *runs = (speak() for _ in range(RUNS + 1))
+    name = f"{rows} row{'s' if rows > 1 else ''}{', compiled' if compiled else ''}"
+    burst = -(-settings.new_tokens // (len(first) - 1))
+    show(name, [rows * (settings.new_tokens - burst) / (moments[-1] - moments[1]) for moments in runs], "tokens/s")
+    begins = [moments[1] - moments[0] for moments in runs]
+    show(f"  until the first {burst} columns (first time {first[1] - first[0]:.1f} s)", begins, "s")
+    taken = [(moments[-1] - moments[1]) * settings.new_tokens / (settings.new_tokens - burst) for moments in runs]
     shape, dtype = model.config, model.wte.weight.dtype
     weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
     places = sum(min(16 + step, shape.block_size) for step in range(settings.new_tokens)) / settings.new_tokens
@@ -106,7 +111,8 @@ def bench_plain(model: GPT, settings: BenchConfig, device: torch.device):
     def speak():
         tokens = torch.zeros(1, 16, dtype=torch.long, device=device)
         for _ in range(settings.new_tokens):
-            logits = model(tokens[:, -model.config.block_size :])[:, -1] / 0.8
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(tokens[:, -model.config.block_size :])[:, -1] / 0.8
             least = logits.topk(min(200, logits.size(-1))).values[:, -1:]
             probabilities = logits.masked_fill(logits < least, -torch.inf).softmax(-1)
             tokens = torch.cat((tokens, torch.multinomial(probabilities, 1)), dim=1)
@@ -170,11 +176,11 @@ def main(settings: BenchConfig):
     model.to(device)
     if settings.cold:
         bench_scoring(model, settings, device)
-    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    bench_plain(model, settings, device)
+    sample.prepare_to_decode(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     for compiled in [False, True] if device.type == "cuda" else [False]:
         for rows in sorted({1, settings.rows}):
             bench_decoding(model, settings, device, rows, compiled)
-    bench_plain(model, settings, device)
 
 
 if __name__ == "__main__":
