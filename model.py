@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -160,13 +161,19 @@ class GPT(nn.Module):
         return 6 * parameters + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
 
+class WithoutInit(TorchFunctionMode):
+    """Within this, torch.nn.init draws no random numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def empty_model(config: GPTConfig) -> GPT:
     """A model whose weights are yet to be filled in; drawing random ones first would take seconds."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.lm_head.weight = model.wte.weight  # tied again
-    return model
+    with WithoutInit():
+        return GPT(config)
 
 
 # ---- Hugging Face: a folder with config.json and safetensors in the layout of transformers' GPT2LMHeadModel.

@@ -30,15 +30,13 @@ from config import NO_CHECKPOINT, Failure
 
 @dataclass
 class SampleConfig:
-    """Let a trained model continue prompts.
+    """Let a trained model continue prompts, score texts, or become a folder that other tools load.
 
     The next token is drawn from the model's probabilities after, in this order: repetition_penalty, temperature, top_k,
     top_p, min_p.
     """
 
-    checkpoint: str = (
-        ""  # a .pt file, a run's folder, or a GPT-2: gpt2, a folder, OWNER/NAME; "" = out_dir's newest run
-    )
+    checkpoint: str = ""  # a .pt file, a run's folder, a GPT-2 (gpt2, a folder, OWNER/NAME); "" = the newest run
     out_dir: str = "out"  # the folder that runs stand in
     prompt: str = ""  # the text to continue; "" = the start of a document
     prompts: str = ""  # a file of prompts instead: a line each, or .jsonl with "prompt" and, if you like, "id"
