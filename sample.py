@@ -218,8 +218,8 @@ class Batch:
     ):
         device, self.context = model.wte.weight.device, model.config.block_size
         self.model, self.vocab_size, self.settings = model, vocab_size, settings
-        prompts = [prompt[-self.context :] for prompt in prompts]
-        self.start, (rows, new) = max(map(len, prompts)), noise.shape
+        seen = [prompt[-self.context :] for prompt in prompts]
+        self.start, (rows, new) = max(map(len, seen)), noise.shape
         self.tokens = torch.zeros(rows, self.start + new, dtype=torch.long, device=device)
         self.noise, self.logprobs = (torch.zeros(self.tokens.shape, device=device) for _ in range(2))
         self.is_there = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
@@ -228,11 +228,11 @@ class Batch:
         self.cache = KVCache(model.config, rows, length, device, model.wte.weight.dtype)
         self.advance = self.captured() if device.type == "cuda" else self.step
         self.noise[:, self.start :] = torch.from_numpy(noise)
-        for row, prompt in enumerate(prompts):
-            self.tokens[row, self.start - len(prompt) : self.start] = torch.tensor(prompt)
+        for row, (prompt, end) in enumerate(zip(prompts, seen)):
+            self.tokens[row, self.start - len(end) : self.start] = torch.tensor(end)
             self.is_there[row, prompt[1:]] = True  # the first is the end-of-text before each document
         self.held = np.zeros(rows, dtype=int)  # as cache.held, known here without asking the device
-        self.read(range(rows), prompts)
+        self.read(range(rows), seen)
 
     def read(self, rows: Iterable[int], prompts: list[list[int]]):
         """Fill rows with their prompts but for the last tokens, which the next step takes; equal ones are read once."""
@@ -253,10 +253,8 @@ class Batch:
 
     def pick(self, tokens: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens (B, 1) that follow tokens (B, 1), by random numbers (B), and the logits (B, V)."""
-        logits, penalty = (
-            self.model(tokens, cache=self.cache)[:, 0, : self.vocab_size],
-            self.settings.repetition_penalty,
-        )
+        logits = self.model(tokens, cache=self.cache)[:, 0, : self.vocab_size]
+        penalty = self.settings.repetition_penalty
         penalized = penalize(logits, self.is_there, penalty) if penalty != 1 else logits
         return choose(penalized, uniform, self.settings)[:, None], logits
 

@@ -90,7 +90,7 @@ def tiny_run(data_dir: Path, out_dir: Path, *options, processes=1):
 
 
 def metrics(out_dir: Path, *keys) -> list[tuple]:
-    """The values of `keys` in each line of metrics.jsonl that has them all."""
-    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    """The values of `keys` in each line of metrics.jsonl that has them all, but for one that is being written."""
+    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [tuple(record[key] for key in keys) for record in records if all(key in record for key in keys)]
