@@ -354,10 +354,12 @@ class Reply:
         return text[: len(text) - held]
 
     def facts(self) -> dict:
-        mean = sum(self.logprobs) / len(self.tokens) if self.tokens else None
-        speed = len(self.tokens) / self.seconds
-        return {"text": self.text, "tokens": len(self.tokens), "mean_logprob": mean, "ended": self.ended} | {
-            "tokens_per_second": round(speed, 1)
+        return {
+            "text": self.text,
+            "tokens": len(self.tokens),
+            "mean_logprob": sum(self.logprobs) / len(self.tokens) if self.tokens else None,
+            "ended": self.ended,
+            "tokens_per_second": round(len(self.tokens) / self.seconds, 1),
         }
 
 
@@ -387,58 +389,54 @@ def read_prompts(settings: SampleConfig) -> list[dict]:
     """The prompts that the settings give, each {"prompt": text} and what else its line of JSON holds."""
     if not settings.prompts:
         return [{"prompt": settings.prompt}]
-    prompts = []
+    path, prompts = Path(settings.prompts).expanduser(), []
     try:
-        lines = Path(settings.prompts).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except ValueError as error:
-        raise Failure(f"{settings.prompts} is no UTF-8: {error}") from None
+        raise Failure(f"{path} is no UTF-8: {error}") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        found = {"prompt": line}
-        if settings.prompts.endswith((".jsonl", ".ndjson")):
-            try:
-                found = {"id": number} | json.loads(line)
-                if not isinstance(found["prompt"], str):
-                    raise ValueError("prompt is no string")
-            except (ValueError, KeyError, TypeError) as error:
-                raise Failure(f'{settings.prompts}:{number}: not {{"prompt": "text"}}: {error!r}') from None
-        prompts.append(found)
+        if line.strip() and path.suffix in (".jsonl", ".ndjson"):
+            prompts.append({"id": number} | prompt_of(line, f"{path}:{number}"))
+        elif line.strip():
+            prompts.append({"prompt": line})
     if not prompts:
-        raise Failure(f"{settings.prompts} holds no prompt")
+        raise Failure(f"{path} holds no prompt")
     return prompts
 
 
-def speak(model: GPT, tokenizer: tiktoken.Encoding, settings: SampleConfig):
+def prompt_of(line: str, where: str) -> dict:
+    try:
+        found = json.loads(line)
+        if isinstance(found["prompt"], str):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise Failure(f'{where}: a line is {{"prompt": "text"}}, and what else you like, not {line[:60]}')
+
+
+def speak(model: GPT, tokenizer: tiktoken.Encoding, prompts: list[dict], settings: SampleConfig):
     """Print the continuations to standard output, the first one as it comes and the others when it is their turn."""
-    prompts = read_prompts(settings)
     rows = [(prompt, sample) for prompt in prompts for sample in range(settings.num_samples)]
     progress = prepare_data.Progress("samples", len(rows))
     for first in range(0, len(rows), settings.batch_size):
-        some, turn, begun = rows[first : first + settings.batch_size], 0, False
+        some, turn, begun = rows[first : first + settings.batch_size], 0, -1  # turn: whose it is; begun: who had theirs
         tokens = [encode(tokenizer, prompt["prompt"]) for prompt, _ in some]
         warn_of_length(max(map(len, tokens)), model.config.block_size, settings)
         for replies in answer(model, tokenizer, tokens, [sample for _, sample in some], settings):
             while turn < len(replies):
-                show(replies[turn], *some[turn], is_new=not begun, is_first=first + turn == 0, settings=settings)
-                begun = not replies[turn].ended
-                if begun:
+                (prompt, sample), reply = some[turn], replies[turn]
+                if settings.json and reply.ended:
+                    print(json.dumps(prompt | {"sample": sample} | reply.facts(), ensure_ascii=False), flush=True)
+                elif not settings.json:
+                    header = ("-" * 20 + "\n" if first + turn else "") + prompt["prompt"] if begun < turn else ""
+                    print(header + reply.news(), end="\n" if reply.ended else "", flush=True)
+                begun = turn
+                if not reply.ended:
                     break
                 turn += 1
             if not sys.stdout.isatty():
                 progress.update(first + sum(bool(reply.ended) for reply in replies))
     progress.close()
-
-
-def show(reply: Reply, prompt: dict, sample: int, is_new: bool, is_first: bool, settings: SampleConfig):
-    """Print what is new of a reply, or all of it as JSON when it has ended."""
-    if settings.json:
-        if reply.ended:
-            print(json.dumps(prompt | {"sample": sample} | reply.facts(), ensure_ascii=False), flush=True)
-        return
-    if is_new:
-        print("" if is_first else "-" * 20 + "\n", prompt["prompt"], sep="", end="")
-    print(reply.news(), end="\n" if reply.ended else "", flush=True)
 
 
 def warn_of_length(longest: int, context: int, settings: SampleConfig):
@@ -676,8 +674,6 @@ def open_model(settings: SampleConfig) -> tuple[GPT, tiktoken.Encoding]:
 def export(model: GPT, tokenizer: tiktoken.Encoding, settings: SampleConfig):
     """Write the model and its tokenizer as transformers and others load them."""
     folder = Path(settings.export_hf)
-    if folder.exists() and any(folder.iterdir()):
-        raise Failure(f"export_hf: {folder} holds something already; name another folder, or empty it")
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     try:
         save_hf(model, folder, tokenizer.eot_token, dtype)
@@ -689,7 +685,9 @@ def export(model: GPT, tokenizer: tiktoken.Encoding, settings: SampleConfig):
 
 def main(settings: SampleConfig):
     """Do what the settings ask for; what is not the model's own goes to standard error."""
-    device = config.find_device(settings.device)
+    device, prompts = config.find_device(settings.device), read_prompts(settings)
+    if settings.export_hf and Path(settings.export_hf).exists():
+        raise Failure(f"export_hf: {settings.export_hf} is there already; name another folder, or remove it")
     model, tokenizer = open_model(settings)
     if settings.export_hf:
         export(model, tokenizer, settings)
@@ -701,7 +699,10 @@ def main(settings: SampleConfig):
         print_score(model.to(device).eval(), tokenizer, settings)
         return
     prepare_to_decode(model, device, getattr(torch, settings.dtype))
-    (converse if settings.interactive else speak)(model, tokenizer, settings)
+    if settings.interactive:
+        converse(model, tokenizer, settings)
+    else:
+        speak(model, tokenizer, prompts, settings)
 
 
 if __name__ == "__main__":

@@ -357,7 +357,7 @@ def test_several_samples_differ_and_do_not_depend_on_the_batch(trained, capsys):
 
 
 def test_a_file_of_prompts(trained, capsys, tmp_path):
-    (tmp_path / "prompts.txt").write_text("Chapter 1\n\n  two é\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_bytes("\ufeffChapter 1\r\n\r\n  two é\r\n".encode())  # as Windows writes it
     options = ["--max_new_tokens=9", "--temperature=0"]
     text = speak(trained, capsys, f"--prompts={tmp_path / 'prompts.txt'}", *options).out
     assert text == (
@@ -571,7 +571,7 @@ def test_an_export_in_bfloat16_has_half_the_size_and_overwrites_nothing(trained,
     sample.main(half)
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (exported, tmp_path / "half")]
     assert sizes[1] < 0.6 * sizes[0]
-    with pytest.raises(config.Failure, match="holds something"):
+    with pytest.raises(config.Failure, match="is there already"):
         sample.main(half)
 
 
