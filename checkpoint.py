@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import secrets
 import time
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ def load(path: Path) -> dict:
         raise Failure(f"there is no checkpoint {path}; to make one, train a model first", NO_CHECKPOINT) from None
     except Exception as error:  # torch raises many types for what is cut, changed, or not a checkpoint at all
         reason = str(error).split("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose text tells how to run code from the file
+            reason = "it holds something else than tensors and plain types"
         raise Failure(f"{path} is not a checkpoint, or is damaged: {reason}", NO_CHECKPOINT) from None
     if not isinstance(state, dict) or state.pop("checksum", "none") != checksum(state):
         raise Failure(f"{path} is damaged: what it holds does not match its checksum", NO_CHECKPOINT)

@@ -17,15 +17,17 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import config
-from config import NO_CHECKPOINT, Failure
+from config import NO_CHECKPOINT, NOT_FINITE, Failure
 
 
 @dataclass
@@ -159,9 +161,9 @@ class LayerCache:
 
 PREFILL_TOKENS = 1 << 16  # of prompts that are read at once
 BURST = 32  # columns that a GPU computes before they are looked at
-INDUCTOR = {  # a product with one row is a sum over the weights, for whose kernels it searches the best block sizes;
-    "coordinate_descent_tuning": True,
-    "realize_opcount_threshold": 4,  # and GELU is computed before the sum, not anew for each of its terms
+INDUCTOR = {
+    "coordinate_descent_tuning": True,  # a product with one row becomes a sum, and its block sizes are searched for
+    "realize_opcount_threshold": 4,  # GELU is computed before such a sum, not anew for each of its terms
 }
 
 
@@ -224,9 +226,9 @@ class Batch:
         self.noise, self.logprobs = (torch.zeros(self.tokens.shape, device=device) for _ in range(2))
         self.is_there = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self.column = torch.full((1,), self.start, device=device)  # which the next step computes
-        length = min(self.context, -(-(self.start + new) // 128) * 128)  # of few lengths, few plans
+        length = min(self.context, -(-(self.start + new) // 128) * 128)  # few lengths are few plans for attention
         self.cache = KVCache(model.config, rows, length, device, model.wte.weight.dtype)
-        self.advance = self.captured() if device.type == "cuda" else self.step
+        self.advance = self.captured() if device.type == "cuda" else self.step  # before the prompts: it tries a step
         self.noise[:, self.start :] = torch.from_numpy(noise)
         for row, (prompt, end) in enumerate(zip(prompts, seen)):
             self.tokens[row, self.start - len(end) : self.start] = torch.tensor(end)
@@ -241,7 +243,7 @@ class Batch:
             rows_of[tuple(prompt[:-1])].append(row)
             self.held[row] = len(prompt) - 1
         self.cache.held.copy_(torch.from_numpy(self.held))
-        longest_first = sorted(filter(None, rows_of), key=len, reverse=True)
+        longest_first = sorted(filter(None, rows_of), key=len, reverse=True)  # nothing to read of one-token prompts
         count = max(1, PREFILL_TOKENS // self.context)
         for some in (longest_first[first : first + count] for first in range(0, len(longest_first), count)):
             tokens = torch.zeros(len(some), len(some[0]), dtype=torch.long)
@@ -407,11 +409,10 @@ def read_prompts(settings: SampleConfig) -> list[dict]:
 def prompt_of(line: str, where: str) -> dict:
     try:
         found = json.loads(line)
-        if isinstance(found["prompt"], str):
-            return found
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise Failure(f'{where}: a line is {{"prompt": "text"}}, and what else you like, not {line[:60]}')
+        found["prompt"].encode()  # a string, and without half a character, which JSON can name
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Failure(f'{where}: a line is {{"prompt": "text"}}, and what else you like, not {line[:60]}') from None
 
 
 def speak(model: GPT, tokenizer: tiktoken.Encoding, prompts: list[dict], settings: SampleConfig):
@@ -419,18 +420,17 @@ def speak(model: GPT, tokenizer: tiktoken.Encoding, prompts: list[dict], setting
     rows = [(prompt, sample) for prompt in prompts for sample in range(settings.num_samples)]
     progress = prepare_data.Progress("samples", len(rows))
     for first in range(0, len(rows), settings.batch_size):
-        some, turn, begun = rows[first : first + settings.batch_size], 0, -1  # turn: whose it is; begun: who had theirs
+        some, turn = rows[first : first + settings.batch_size], 0
+        heads = [("-" * 20 + "\n" if first + row else "") + prompt["prompt"] for row, (prompt, _) in enumerate(some)]
         tokens = [encode(tokenizer, prompt["prompt"]) for prompt, _ in some]
         warn_of_length(max(map(len, tokens)), model.config.block_size, settings)
         for replies in answer(model, tokenizer, tokens, [sample for _, sample in some], settings):
-            while turn < len(replies):
-                (prompt, sample), reply = some[turn], replies[turn]
-                if settings.json and reply.ended:
+            for reply, (prompt, sample) in zip(replies[turn:], some[turn:]):
+                if not settings.json:
+                    print(heads[turn] + reply.news(), end="\n" if reply.ended else "", flush=True)
+                    heads[turn] = ""
+                elif reply.ended:
                     print(json.dumps(prompt | {"sample": sample} | reply.facts(), ensure_ascii=False), flush=True)
-                elif not settings.json:
-                    header = ("-" * 20 + "\n" if first + turn else "") + prompt["prompt"] if begun < turn else ""
-                    print(header + reply.news(), end="\n" if reply.ended else "", flush=True)
-                begun = turn
                 if not reply.ended:
                     break
                 turn += 1
@@ -486,9 +486,9 @@ class Score:
 
 def read_documents(settings: SampleConfig, tokenizer: tiktoken.Encoding) -> Iterator[tuple[str, np.ndarray, int]]:
     """Yield where each document to score stands, its tokens, led by end-of-text, and its bytes. Raises Failure."""
-    folder, _, split = settings.score.partition(":")
-    if (Path(folder) / "manifest.json").exists():
-        yield from dataset_documents(Path(folder), split or "val", tokenizer)
+    name, split = re.fullmatch(r"(.+?)(?::(\w*))?", settings.score).groups()  # not at the colon of C:\data
+    if (folder := Path(name).expanduser()).joinpath("manifest.json").exists():
+        yield from dataset_documents(folder, split or "val", tokenizer)
         return
     reader = prepare_data.Reader(prepare_data.PrepareConfig(name="score"), settings.score, "score")
     progress = prepare_data.Progress("bytes read", reader.total)
@@ -501,17 +501,14 @@ def read_documents(settings: SampleConfig, tokenizer: tiktoken.Encoding) -> Iter
 def dataset_documents(folder: Path, split: str, tokenizer: tiktoken.Encoding) -> Iterator[tuple[str, np.ndarray, int]]:
     """As read_documents, from the shards of a split."""
     dataset = prepare_data.Dataset(folder, block_size=1)
-    if prepare_data.write_tokenizer(dataset.encoding) != prepare_data.write_tokenizer(tokenizer):
+    if not prepare_data.same_tokens(dataset.encoding, tokenizer):
         raise Failure(f"{folder} has another tokenizer ({dataset.encoding.name}) than the model ({tokenizer.name})")
     if split not in prepare_data.SPLITS:
         raise Failure(f"score {folder}:{split}: a split is one of {', '.join(prepare_data.SPLITS)}")
     windows = getattr(dataset, split)
     progress, done = prepare_data.Progress("tokens", windows.tokens()), 0
     for path, shard in zip(windows.paths, windows.shards):
-        starts = np.flatnonzero(np.asarray(shard) == tokenizer.eot_token)
-        starts = (
-            starts if len(starts) and starts[0] == 0 else np.insert(starts, 0, 0)
-        )  # one goes on from the last shard
+        starts = np.union1d(0, np.flatnonzero(np.asarray(shard) == tokenizer.eot_token))  # one may go on from before
         for start, end in zip(starts, [*starts[1:], len(shard)]):
             tokens = np.asarray(shard[start:end], dtype=np.int64)
             tokens = tokens if tokens[0] == tokenizer.eot_token else np.insert(tokens, 0, tokenizer.eot_token)
@@ -543,36 +540,34 @@ def score(model: GPT, documents: Iterable[tuple[str, np.ndarray, int]], settings
     """Score each document by itself, in windows of the model's context."""
     context, device = model.config.block_size, model.wte.weight.device
     stride = min(settings.stride or max(1, context // 2), context)
-    forward = torch.compile(model, dynamic=False) if settings.compile and device.type == "cuda" else model
+    is_compiled = settings.compile and device.type == "cuda"
+    forward = torch.compile(model, dynamic=False) if is_compiled else model
     batch_tokens = max(context, SCORED_TOKENS.get(device.type, 1 << 11))
-    scores, waiting = [], []
+    scores = []
 
-    def work_off():
-        """Score the windows that wait, the longest first, so that those of a batch are about as long."""
-        waiting.sort(key=lambda window: -len(window[1]))
+    def windows() -> Iterator[tuple[Score, np.ndarray, np.ndarray]]:
+        for where, tokens, size in documents:
+            if len(tokens) > 1:
+                scores.append(Score(where, len(tokens) - 1, size, 0.0))
+                yield from ((scores[-1], *window) for window in windows_of(tokens, context, stride))
+
+    stream = windows()
+    while waiting := list(islice(stream, 64 * batch_tokens // context)):
+        waiting.sort(key=lambda window: -len(window[1]))  # so that those of a batch are about as long
         sums, done = [], 0
         while done < len(waiting):
-            length = context if settings.compile else len(waiting[done][1])
+            length = context if is_compiled else len(waiting[done][1])
             some = waiting[done : done + batch_tokens // length]
-            tokens = np.zeros((batch_tokens // length if settings.compile else len(some), length), dtype=np.int64)
+            tokens = np.zeros((batch_tokens // length if is_compiled else len(some), length), dtype=np.int64)
             targets = np.full(tokens.shape, -1)
             for row, (_, row_tokens, row_targets) in enumerate(some):
-                tokens[row, : len(row_tokens)], targets[row, : len(row_tokens)] = row_tokens, row_targets
+                tokens[row, : len(row_tokens)], targets[row, : len(row_targets)] = row_tokens, row_targets
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
                 losses = forward(*(torch.from_numpy(x).to(device) for x in (tokens, targets)), reduction="none")
-            sums.append(losses[: len(some)].double().sum(1))
+            sums.append(losses[: len(some)].sum(1))
             done += len(some)
-        for (number, _, _), nats in zip(waiting, torch.cat(sums).tolist() if sums else []):
-            scores[number].nats += nats
-        waiting.clear()
-
-    for where, tokens, size in filter(lambda document: len(document[1]) > 1, documents):
-        scores.append(Score(where, len(tokens) - 1, size, 0.0))
-        for window in windows_of(tokens, context, stride):
-            waiting.append((len(scores) - 1, *window))
-            if len(waiting) * context >= 64 * batch_tokens:
-                work_off()
-    work_off()
+        for (one, _, _), nats in zip(waiting, torch.cat(sums).tolist()):
+            one.nats += nats
     return scores
 
 
@@ -595,7 +590,7 @@ def summarize(scores: list[Score]) -> dict:
         "tokens": sum(score.tokens for score in scores),
         "bytes": sum(score.bytes for score in scores),
         "nats_per_token": (loss, loss_error),
-        "perplexity": (math.exp(loss), loss_error and math.exp(loss) * loss_error),
+        "perplexity": (perplexity := float(np.exp(loss)), loss_error and perplexity * loss_error),
         "bits_per_byte": (bits, bits_error),
         "worst": [{"nats_per_token": one.nats / one.tokens, "tokens": one.tokens, "where": one.where} for one in worst],
     }
@@ -608,6 +603,8 @@ def print_score(model: GPT, tokenizer: tiktoken.Encoding, settings: SampleConfig
     if not scores:
         raise Failure(f"{settings.score}: there is no text to score")
     found = summarize(scores)
+    if not math.isfinite(found["nats_per_token"][0]):
+        raise Failure("the model's numbers are not finite: its training was lost before this checkpoint", NOT_FINITE)
     found["tokens_per_second"] = round(found["tokens"] / (time.perf_counter() - started), 1)
     if settings.json:
         print(json.dumps(found))
@@ -628,7 +625,7 @@ def print_score(model: GPT, tokenizer: tiktoken.Encoding, settings: SampleConfig
 
 def newest_checkpoint(settings: SampleConfig) -> Path:
     """The checkpoint that the settings name: a file, a run's folder, or neither for the newest run."""
-    path = Path(settings.checkpoint or settings.out_dir)
+    path = Path(settings.checkpoint or settings.out_dir).expanduser()
     if path.is_file() or path.suffix == ".pt":
         return path
     found = []
@@ -641,24 +638,21 @@ def newest_checkpoint(settings: SampleConfig) -> Path:
     return max(found, key=lambda file: file.stat().st_mtime)
 
 
-def load_model(path: Path) -> tuple[GPT, tiktoken.Encoding, dict]:
-    """Return the model of a checkpoint, its tokenizer, and the whole checkpoint."""
+def load_model(path: Path) -> tuple[GPT, tiktoken.Encoding]:
+    """The model of a checkpoint, and its tokenizer."""
     state = checkpoint.load(path)
     model = empty_model(GPTConfig(**state["model_config"]))
     model.load_state_dict(state["model"])
-    return model, prepare_data.read_tokenizer(state["tokenizer"]["text"], state["tokenizer"]["name"]), state
+    print(f"{path}: step {state['step']}, validation loss {state['val_loss']:.4f}", file=sys.stderr)  # inf: none yet
+    return model, prepare_data.read_tokenizer(state["tokenizer"]["text"], state["tokenizer"]["name"])
 
 
 def open_model(settings: SampleConfig) -> tuple[GPT, tiktoken.Encoding]:
     """The model that the settings name, and its tokenizer; what it is goes to standard error. Raises Failure."""
-    name, path = settings.checkpoint, Path(settings.checkpoint)
+    name, path = settings.checkpoint, Path(settings.checkpoint).expanduser()
     is_named = name in prepare_data.MODELS or prepare_data.hub_name(name) and not path.parent.is_dir()
     if not (path / "config.json").exists() and (path.exists() or not is_named):
-        path = newest_checkpoint(settings)
-        model, tokenizer, state = load_model(path)
-        loss = f"{state['val_loss']:.4f}"  # inf: none yet
-        print(f"{path}: step {state['step']}, validation loss {loss}", file=sys.stderr)
-        return model, tokenizer
+        return load_model(newest_checkpoint(settings))
     with contextlib.redirect_stdout(sys.stderr):
         folder = prepare_data.fetch_model(name)
     if not prepare_data.has_tokenizer(folder):
@@ -673,22 +667,25 @@ def open_model(settings: SampleConfig) -> tuple[GPT, tiktoken.Encoding]:
 
 def export(model: GPT, tokenizer: tiktoken.Encoding, settings: SampleConfig):
     """Write the model and its tokenizer as transformers and others load them."""
-    folder = Path(settings.export_hf)
+    folder = Path(settings.export_hf).expanduser()
+    prepare_data.save_hf_tokenizer(tokenizer, folder)
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     try:
         save_hf(model, folder, tokenizer.eot_token, dtype)
     except ValueError as error:
         raise Failure(str(error)) from None
-    prepare_data.save_hf_tokenizer(tokenizer, folder)
     print(f"{folder}: AutoModelForCausalLM and AutoTokenizer load it", file=sys.stderr)
 
 
 def main(settings: SampleConfig):
     """Do what the settings ask for; what is not the model's own goes to standard error."""
     device, prompts = config.find_device(settings.device), read_prompts(settings)
-    if settings.export_hf and Path(settings.export_hf).exists():
-        raise Failure(f"export_hf: {settings.export_hf} is there already; name another folder, or remove it")
+    folder = Path(settings.export_hf).expanduser()
+    if settings.export_hf and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Failure(f"export_hf: {folder} is there already; name another folder, or empty it")
     model, tokenizer = open_model(settings)
+    if tokenizer.n_vocab > (known := model.config.vocab_size):
+        raise Failure(f"the tokenizer has {tokenizer.n_vocab} entries, but the model knows {known}: they are no pair")
     if settings.export_hf:
         export(model, tokenizer, settings)
         return
@@ -706,9 +703,16 @@ def main(settings: SampleConfig):
 
 
 if __name__ == "__main__":
+    if sys.stdin:
+        sys.stdin.reconfigure(errors="surrogateescape")
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # a model may say what a console's own encoding lacks
     with config.exit_codes():
         try:
             main(settings)
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.stdout.flush()  # here, where what goes wrong in it still counts
+        except (torch.OutOfMemoryError, MemoryError):
+            raise Failure("memory is full; a smaller --batch_size or --max_new_tokens needs less") from None
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes once more at its end
+            if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+                raise

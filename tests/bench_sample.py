@@ -2,7 +2,7 @@
 
     python tests/bench_sample.py config/gpt2_124m.py                            on a GPU
     python tests/bench_sample.py config/gpt2_1558m.py --rows=1 --cold=False
-    python tests/bench_sample.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --vocab_size=65    on a CPU
+    python tests/bench_sample.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --vocab_size=300    on a CPU
 
 Takes the settings of train.py for the model, and a few more. Each figure is the median of some runs after warm-up, with
 the least and the most. `plain` computes all of the context anew for each token, as nanoGPT's `generate` does.

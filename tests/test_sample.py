@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 
@@ -40,7 +42,7 @@ def make_model(shape: GPTConfig) -> GPT:
 def trained(data_dir, tmp_path_factory):
     """A folder of runs with one tiny model in it."""
     out_dir = tmp_path_factory.mktemp("out")
-    assert tiny_run(data_dir, out_dir / "tiny").returncode == 0
+    assert tiny_run(data_dir, out_dir / "tiny", "--dropout=0.5").returncode == 0
     return out_dir
 
 
@@ -129,10 +131,25 @@ def test_equal_prompts_are_read_once(model, monkeypatch):
     assert [tuple(shape) for shape in shapes] == [(1, 3), (6, 1), (6, 1)]
 
 
-def test_many_prompts_are_read_in_parts(model, monkeypatch):
-    monkeypatch.setattr(sample, "PREFILL_TOKENS", 2 * CONTEXT)
+@pytest.mark.parametrize("together", [1, 2 * CONTEXT])
+def test_many_prompts_are_read_in_parts(model, monkeypatch, together):
+    shapes, forward = [], GPT.forward
+    note = lambda self, tokens, **more: shapes.append(tokens.shape) or forward(self, tokens, **more)  # noqa: E731
+    monkeypatch.setattr(GPT, "forward", note)
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", together)
     prompts = [[number, number + 1, *range(number % 7)] for number in range(9)]
-    assert decode(model, prompts, 4, temperature=0) == [plainly(model, prompt, 4, temperature=0) for prompt in prompts]
+    rows = decode(model, prompts, 4, temperature=0)
+    assert max(shape[0] for shape in shapes[:-4]) == max(1, together // CONTEXT)
+    assert rows == [plainly(model, prompt, 4, temperature=0) for prompt in prompts]
+
+
+@torch.no_grad()
+def test_a_model_made_ready_computes_the_same():
+    plain = make_model(GPTConfig(vocab_size=VOCAB, block_size=CONTEXT, n_layer=1, n_head=2, n_embd=32, dropout=0.5))
+    wanted = plain(torch.arange(8)[None])
+    ready = sample.prepare_to_decode(plain.train(), torch.device("cpu"), torch.float32)
+    assert torch.allclose(ready(torch.arange(8)[None]), wanted, atol=1e-5) and ready.lm_head.weight is ready.wte.weight
+    assert ready.h[0].mlp.c_fc.weight.T.is_contiguous() and ready.h[0].mlp.c_proj.weight.is_contiguous()
 
 
 def test_a_context_of_one_token(model):
@@ -165,9 +182,15 @@ def test_a_penalty_counts_prompt_and_answer_but_not_what_leads_them(model):
     assert found != decode(model, [prompt], new, temperature=0)[0]
 
 
+def test_what_leads_a_prompt_is_not_penalized_and_what_the_model_no_longer_sees_is(model):
+    prompts = [[96, 3, 5, 3], [96, 7, *[8] * CONTEXT]]
+    batch = sample.Batch(model, prompts, np.zeros((2, 2), np.float32), VOCAB, SampleConfig())
+    assert batch.is_there.nonzero().tolist() == [[0, 3], [0, 5], [1, 7], [1, 8]]
+
+
 @torch.no_grad()
 def test_log_probabilities_are_the_models_own(model):
-    settings = SampleConfig(max_new_tokens=8, temperature=2.0, top_k=5, json=True)
+    settings = SampleConfig(max_new_tokens=8, temperature=2.0, top_k=5, repetition_penalty=3.0, json=True)
     prompt, tokens, logprobs = [1, 2, 3], [], []
     for more in generate(model, [prompt], sample.noise_for(1, 0, 8)[None], VOCAB, settings):
         tokens, logprobs = tokens + more[0][0], logprobs + more[1][0]
@@ -221,6 +244,14 @@ def test_filters_follow_their_papers(options):
         drawn = set(torch.nonzero(shares).flatten().tolist())
         assert {token for token, share in wanted.items() if share > 1 / 4000} <= drawn <= set(wanted)
         assert shares.tolist() == pytest.approx([wanted.get(token, 0) for token in range(12)], abs=1e-3)
+
+
+def test_ties_at_the_bounds_of_filters():
+    options = dict(temperature=1.0, top_k=0)
+    even = choose(torch.zeros(100, 4), torch.arange(100) / 100, SampleConfig(**options, top_p=0.5))
+    assert len(set(even.tolist())) == 2  # two of four quarters reach a half
+    lowest = choose(torch.tensor([[0.0, 5.0]]), torch.zeros(1), SampleConfig(**options, min_p=0.5))
+    assert lowest.tolist() == [1]  # 0 draws nothing that is filtered out
 
 
 def test_without_temperature_the_likeliest_is_chosen():
@@ -315,6 +346,15 @@ def test_a_text_to_stop_at_is_not_shown_not_even_its_beginning():
     shown, reply = reply_to(b"ab##c###d", stop="###")
     assert "".join(shown) == reply.text == "ab##c"
     assert reply_to(b"xaab", stop="aab|b")[1].text == "x"
+    assert reply_to(b"###x", stop="###")[1].facts()["text"] == ""
+
+
+def test_an_id_without_a_meaning_says_nothing():
+    gap = prepare_data.make_encoding({bytes([byte]): byte for byte in range(256)}, 400, "gap")
+    reply = sample.Reply(gap, SampleConfig())
+    for token in (97, 300, 98):
+        reply.add(token, -1.0)
+    assert reply.news() == "ab" and len(reply.tokens) == 3
 
 
 def test_a_reply_ends_at_its_length_or_at_end_of_text():
@@ -378,11 +418,15 @@ def test_a_file_of_prompts(trained, capsys, tmp_path):
     assert found[0]["mean_logprob"] < 0 < found[0]["tokens_per_second"]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"prompt": 3}', '"x"'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"prompt": 3}', '"x"', '{"prompt": "\\ud800"}', '{"prompt":' + "[" * 100000]
+)
 def test_a_bad_line_of_prompts_is_named(tmp_path, line):
     (tmp_path / "x.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
     with pytest.raises(config.Failure, match="x.jsonl:2"):
         sample.read_prompts(SampleConfig(prompts=str(tmp_path / "x.jsonl")))
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")  # a line's end, but not a file's
+    assert sample.read_prompts(SampleConfig(prompts=str(tmp_path / "one.jsonl")))[0]["prompt"] == "a\u2028b"
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(config.Failure, match="no prompt"):
         sample.read_prompts(SampleConfig(prompts=str(tmp_path / "empty.txt")))
@@ -393,6 +437,8 @@ def test_long_prompts_and_long_answers_say_so(trained, capsys):
     assert "of the prompt's 51 tokens the model sees the last 32" in warning
     warning = speak(trained, capsys, "--prompt=x", "--max_new_tokens=60", "--temperature=0").err
     assert "past 32 tokens the model goes on from the last 16" in warning
+    for prompt, new in (("x" * 31, 1), ("x" * 30, 2)):
+        assert "the model" not in speak(trained, capsys, f"--prompt={prompt}", f"--max_new_tokens={new}").err
 
 
 def test_without_a_checkpoint_it_says_how_to_get_one(tmp_path):
@@ -403,13 +449,37 @@ def test_without_a_checkpoint_it_says_how_to_get_one(tmp_path):
     assert result.returncode == 4 and "is not a checkpoint" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_closed_pipe_ends_quietly(trained):
-    command = [sys.executable, "sample.py", f"--out_dir={trained}", "--max_new_tokens=3000", "--device=cpu"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(5)
+def pipe_of(*options, stdout=subprocess.PIPE) -> subprocess.Popen:
+    """sample.py with an output that is buffered, as a user's is."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "sample.py", "--device=cpu", *options]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_a_closed_pipe_ends_quietly(trained, text_file, is_scored):
+    process = pipe_of(f"--out_dir={trained}", f"--score={text_file}" if is_scored else "--max_new_tokens=3000")
+    if not is_scored:
+        process.stdout.read(5)
     process.stdout.close()
     errors = process.stderr.read().decode()
     assert process.wait(60) == 0 and "Error" not in errors and "Broken" not in errors
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_full_disk_is_said(trained):
+    with open("/dev/full", "w") as full:
+        process = pipe_of(f"--out_dir={trained}", "--max_new_tokens=5", stdout=full)
+        errors = process.stderr.read().decode()
+    assert process.wait(60) == 6 and "No space left" in errors and "Traceback" not in errors
+
+
+def test_the_newest_run_speaks(tmp_path):
+    for name, when in (("a", 1), ("b", 3), ("c", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "latest.pt").write_bytes(b"")
+        os.utime(tmp_path / name / "latest.pt", (when, when))
+    assert sample.newest_checkpoint(SampleConfig(out_dir=str(tmp_path))).parent.name == "b"
 
 
 def test_a_loop_goes_on_from_what_was_said_and_an_empty_line_starts_anew(trained, monkeypatch, capsys):
@@ -465,7 +535,7 @@ def by_hand(model, tokens, stride) -> float:
     return total
 
 
-@pytest.mark.parametrize("stride", [0, 5, CONTEXT])
+@pytest.mark.parametrize("stride", [0, 5, CONTEXT, 1000])
 def test_scores_equal_those_by_hand(model, stride, monkeypatch):
     monkeypatch.setitem(sample.SCORED_TOKENS, "cpu", 3 * CONTEXT)
     documents = [
@@ -474,7 +544,9 @@ def test_scores_equal_those_by_hand(model, stride, monkeypatch):
     scores = sample.score(model, documents, SampleConfig(stride=stride, dtype="float32"))
     assert [score.where for score in scores] == [f"document {n}" for n in (2, 90, 24, 25, 7, 8)]
     for score, (_, tokens, size) in zip(scores, [document for document in documents if len(document[1]) > 1]):
-        assert score.nats == pytest.approx(by_hand(model, tokens.tolist(), stride or CONTEXT // 2), rel=1e-5)
+        assert score.nats == pytest.approx(
+            by_hand(model, tokens.tolist(), min(stride or CONTEXT // 2, CONTEXT)), rel=1e-5
+        )
         assert (score.tokens, score.bytes) == (len(tokens) - 1, size)
 
 
@@ -488,6 +560,8 @@ def test_figures_and_their_errors():
         (math.exp(loss), math.exp(loss) * error)
     )
     assert [one["where"] for one in found["worst"]] == ["30", "20", "10"]
+    scores = [sample.Score("long", 1000, 1000, 1000.0), sample.Score("short", 10, 10, 50.0)]
+    assert [one["where"] for one in sample.summarize(scores)["worst"]] == ["short", "long"]
     assert sample.summarize(scores[:1])["nats_per_token"] == (1.0, None)
 
 
@@ -512,6 +586,41 @@ def test_text_and_datasets_score_from_the_command_line(trained, data_dir, text_f
     )
     text = speak(trained, capsys, f"--score={text_file}").out
     assert f"{found['nats_per_token'][0]:.4f} ± " in text and "perplexity" in text and "bits per byte" in text
+
+
+def test_documents_are_scored_as_they_come(model, monkeypatch):
+    class Stop(Exception):
+        """The first forward."""
+
+    def documents():
+        for _ in range(2000):
+            taken.append(1)
+            yield "", np.arange(CONTEXT + 1), 1
+
+    taken, refuse = [], lambda *_, **__: (_ for _ in ()).throw(Stop)
+    monkeypatch.setitem(sample.SCORED_TOKENS, "cpu", CONTEXT)
+    monkeypatch.setattr(GPT, "forward", refuse)
+    with pytest.raises(Stop):
+        sample.score(model, documents(), SampleConfig(dtype="float32"))
+    assert 60 <= len(taken) <= 66
+
+
+def test_bfloat16_computes_where_it_is_asked_for(trained, model, monkeypatch):
+    found = []
+    monkeypatch.setattr(sample, "speak", lambda model, *_: found.append(model.wte.weight.dtype))
+    for dtype in ("float32", "bfloat16"):
+        sample.main(SampleConfig(out_dir=str(trained), device="cpu", dtype=dtype))
+    assert found == [torch.float32, torch.bfloat16]
+    document = ("", np.random.default_rng(1).integers(0, VOCAB, 90), 1)
+    full, half = (sample.score(model, [document], SampleConfig(dtype=kind))[0].nats for kind in ("float32", "bfloat16"))
+    assert full != half == pytest.approx(full, rel=1e-2)
+
+
+def test_a_model_and_a_dataset_that_are_no_pair_are_refused(trained, text_file, tmp_path, capsys):
+    other = prepare_data.PrepareConfig(name="x", source=str(text_file), tokenizer="bpe:300", data_dir=str(tmp_path))
+    prepare_data.prepare(other)
+    with pytest.raises(config.Failure, match="another tokenizer"):
+        speak(trained, capsys, f"--score={tmp_path / 'x'}")
 
 
 def test_what_cannot_be_scored_is_refused(trained, data_dir, tmp_path, capsys):
@@ -564,6 +673,18 @@ def test_transformers_scores_an_export_the_same(exported, text_file, capsys):
             nats += float(F.cross_entropy(logits, torch.from_numpy(targets), ignore_index=-1, reduction="sum"))
         count += len(tokens) - 1
     assert found["tokens"] == count and found["nats_per_token"][0] == pytest.approx(nats / count, abs=1e-4)
+
+
+def test_an_export_names_its_end_of_text_and_fits_its_tokenizer(exported, tmp_path):
+    facts = json.loads((exported / "config.json").read_text())
+    assert facts["bos_token_id"] == facts["eos_token_id"] == 256
+    small = tmp_path / "small"
+    shutil.copytree(exported, small)
+    tokenizer = json.loads((small / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["id"] = tokenizer["model"]["vocab"]["<|endoftext|>"] = 300
+    (small / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(config.Failure, match="no pair"):
+        sample.main(SampleConfig(checkpoint=str(small)))
 
 
 def test_an_export_in_bfloat16_has_half_the_size_and_overwrites_nothing(trained, exported, tmp_path):
