@@ -95,7 +95,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import prepare_data
-from model import GPT, GPTConfig, empty_model, load_hf, save_hf
+from model import GPT, GPTConfig, empty_model, import_safetensors, load_hf, save_hf
 
 # ---- the cache
 
@@ -332,6 +332,7 @@ class Reply:
         self.ended, self.started = "", time.perf_counter()  # ended: by "end of text", "stop" or "length"
 
     def add(self, token: int, logprob: float):
+        """Take one more token, and note where it ends the reply."""
         data = b""
         if token == self.tokenizer.eot_token:
             self.ended = "end of text"
@@ -668,9 +669,10 @@ def open_model(settings: SampleConfig) -> tuple[GPT, tiktoken.Encoding]:
 def export(model: GPT, tokenizer: tiktoken.Encoding, settings: SampleConfig):
     """Write the model and its tokenizer as transformers and others load them."""
     folder = Path(settings.export_hf).expanduser()
-    prepare_data.save_hf_tokenizer(tokenizer, folder)
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     try:
+        import_safetensors()  # what is missing shows before anything is written
+        prepare_data.save_hf_tokenizer(tokenizer, folder)
         save_hf(model, folder, tokenizer.eot_token, dtype)
     except ValueError as error:
         raise Failure(str(error)) from None
