@@ -513,8 +513,7 @@ def dataset_documents(folder: Path, split: str, tokenizer: tiktoken.Encoding) ->
         for start, end in zip(starts, [*starts[1:], len(shard)]):
             tokens = np.asarray(shard[start:end], dtype=np.int64)
             tokens = tokens if tokens[0] == tokenizer.eot_token else np.insert(tokens, 0, tokenizer.eot_token)
-            if len(tokens) > 1:
-                yield f"{path}, token {start}", tokens, len(tokenizer.decode_bytes(tokens[1:].tolist()))
+            yield f"{path}, token {start}", tokens, len(tokenizer.decode_bytes(tokens[1:].tolist()))
             done += end - start
             progress.update(done)
     progress.close()
