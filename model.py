@@ -1,14 +1,17 @@
-"""GPT-2, whole: tokens in, the loss or the logits out.
+"""GPT-2 and Qwen3, whole: tokens in, the loss or the logits out.
 
-Read from the top: the configuration, the two halves of a block, the block, the model, and last the door to the
-Hugging Face layout. Names are GPT-2's own. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Read from the top: the configuration, attention and MLP of GPT-2 and then of Qwen3, the block, the model, and last the
+door to the Hugging Face layout. Names are GPT-2's own. Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners"; Yang et al. 2025, "Qwen3 Technical Report", of which this is the dense model.
 
-Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads, D head size (C / H), V vocabulary.
+Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads, K heads of keys and values, D head size,
+V vocabulary.
 """
 
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,28 +24,70 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 124M's."""
+    """The shape of a model; the defaults are GPT-2 124M's. The fields after bias are for qwen3 alone."""
 
+    arch: str = "gpt2"  # or qwen3
     vocab_size: int = 50257  # tokens a model can name
     block_size: int = 1024  # the longest context, in tokens
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0  # share of activations zeroed in training
-    bias: bool = True  # in linear layers and layer norms, as in GPT-2
+    bias: bool = True  # in gpt2's linear layers and layer norms
+    n_kv_head: int = 0  # heads of keys and values, each for n_head / n_kv_head queries; 0 = n_head
+    head_size: int = 0  # 0 = n_embd / n_head
+    intermediate_size: int = 0  # width of the MLP; 0 = 8/3 n_embd, with which it has as many weights as gpt2's
+    rope_theta: float = 10000.0  # the slowest pair of a head turns by 1 / rope_theta a token
+    tie_embeddings: bool = True  # the head has the weights of wte, as in gpt2
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
+        if self.arch not in ARCHITECTURES:
+            raise ValueError(f"arch is {self.arch!r} and must be one of {', '.join(ARCHITECTURES)}")
+        if self.n_embd % self.n_head and not self.head_size:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        wide = 4 * self.n_embd if self.arch == "gpt2" else math.ceil(self.n_embd * 8 / 3 / 64) * 64
+        self.intermediate_size = self.intermediate_size or wide
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        chosen = (self.n_kv_head, self.head_size * self.n_head, self.intermediate_size, self.tie_embeddings)
+        if self.arch == "gpt2" and chosen != (self.n_head, self.n_embd, 4 * self.n_embd, True):
+            raise ValueError("n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only")
+        if self.head_size % 2 and self.arch == "qwen3":
+            raise ValueError(f"head_size {self.head_size} is odd, and rotary positions turn pairs")
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: a multiple of 64, which matrix units multiply much faster than 50257."""
         return math.ceil(self.vocab_size / 64) * 64
 
+    @property
+    def rows(self) -> dict[str, list[int]]:
+        """The rows of each matrix in the weights that hold several, one above the other."""
+        query, key = self.n_head * self.head_size, self.n_kv_head * self.head_size
+        return {"c_attn": [query, key, key]} | ({"c_fc": [self.intermediate_size] * 2} if self.arch == "qwen3" else {})
+
+
+def attend(q, k, v, dropout, cache=None):
+    """Each token gathers from itself and those before it: q (B, T, H, D), k and v (B, T, K, D) to (B, T, H * D).
+
+    Vaswani et al. 2017, section 3.2.
+    """
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), and (B, K, T, D) twice
+    if cache is not None:
+        k, v = cache.append(k, v)  # (B, K, S, D)
+    mask = None if cache is None else cache.mask  # None: each token sees itself and what comes before it
+    is_grouped = k.size(1) != q.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=is_grouped)
+    return y.transpose(1, 2).flatten(2)  # the heads side by side again
+
+
+# ---- GPT-2's halves of a block
+
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers from itself and the tokens before it. Vaswani et al. 2017, section 3.2."""
+    """Attention with as many keys and values as queries, which know of positions only what the stream says."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -51,16 +96,10 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D)
-        mask = None if cache is None else cache.mask  # None: each token sees itself and what comes before it
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head) for y in self.c_attn(x).split(C, dim=2))
+        y = attend(q, k, v, self.dropout if self.training else 0.0, cache)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -77,51 +116,133 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
-class Block(nn.Module):
-    """Attention, then the MLP, each added to the stream that it reads through a layer norm."""
+# ---- Qwen3's
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root of the mean square, in fp32. Zhang & Sennrich 2019."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return (self.weight * F.rms_norm(x.float(), self.weight.shape, eps=1e-6)).type_as(x)
+
+
+def rotation_tables(config: GPTConfig):
+    """The cosine and sine of the angle by which each position turns each pair of a head: two tensors (T, 1, D / 2)."""
+    positions, pairs = torch.arange(config.block_size)[:, None, None], torch.arange(0, config.head_size, 2)
+    angles = positions * config.rope_theta ** (-pairs / config.head_size)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rotation):
+    """Turn the pairs (i, i + D / 2) of x (B, T, H, D): products then tell how far apart two are. Su et al. 2021."""
+    (cos, sin), (first, second) = rotation, x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention in which several queries share a key and a value (Ainslie et al. 2023), normalised and rotated."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.rows, self.head_size, self.dropout = config.rows["c_attn"], config.head_size, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=False)  # query, key and value in one
+        self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)  # Dehghani et al. 2023
+        self.c_proj = nn.Linear(self.rows[0], config.n_embd, bias=False)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, rotation, cache=None):
+        q, k, v = (y.unflatten(2, (-1, self.head_size)) for y in self.c_attn(x).split(self.rows, dim=2))
+        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+        y = attend(q, k, v, self.dropout if self.training else 0.0, cache)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward half: one wide layer opens and shuts the gates of another. Shazeer 2020."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)  # gate and value in one
+        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        gate, value = self.c_fc(x).chunk(2, dim=-1)
+        return self.dropout(self.c_proj(F.silu(gate) * value))
+
+
+# ---- the model
+
+ARCHITECTURES = {"gpt2": (CausalSelfAttention, MLP), "qwen3": (GroupedQueryAttention, SwiGLU)}
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    return nn.LayerNorm(config.n_embd, bias=config.bias) if config.arch == "gpt2" else RMSNorm(config.n_embd)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each added to the stream that it reads through a norm."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        attention, mlp = ARCHITECTURES[config.arch]
+        self.ln_1 = make_norm(config)
+        self.attn = attention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = mlp(config)
+
+    def forward(self, x, rotation=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rotation, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """The whole model: embeddings, n_layer blocks, a last layer norm, and the head, which has the weights of wte."""
+    """The whole model: embeddings, n_layer blocks, a last norm, and the head. Only gpt2 embeds positions."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: keep each block's input only and compute the rest again
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # token embeddings
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embeddings
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None  # positions
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        if config.arch == "qwen3":
+            for name, table in zip(("cos", "sin"), rotation_tables(config)):
+                self.register_buffer(name, table, persistent=False)
+        self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight  # tied: Press & Wolf 2017
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight  # Press & Wolf 2017
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialisation; the projections that end in the stream get 1 / sqrt(their number) of it."""
+        """GPT-2's initialisation; the projections that end in the stream get 1 / sqrt(their number) of it.
+
+        In qwen3 these, and a head of its own, start at zero: each block begins as the identity.
+        """
+        is_gpt2 = self.config.arch == "gpt2"
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+            if name.endswith("c_proj.weight") and is_gpt2:
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif name.endswith(".bias"):
+            elif name.endswith((".bias", "c_proj.weight", "lm_head.weight")):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-            elif ".ln_" in f".{name}":
+            elif ".ln_" in f".{name}" or "_norm." in name:
                 nn.init.ones_(parameter)
             else:
                 raise ValueError(f"{name} has no initialiser")
+
+    def matrices(self) -> list[tuple[nn.Parameter, list[int]]]:
+        """The matrices of the blocks, each with the rows of those that lie in it one above the other."""
+        weights = [(name.split(".")[-2], weight) for name, weight in self.h.named_parameters() if weight.dim() == 2]
+        return [(weight, self.config.rows.get(name, [len(weight)])) for name, weight in weights]
 
     def forward(self, tokens, targets=None, cache=None, reduction="mean"):
         """Score each next token.
@@ -130,35 +251,44 @@ class GPT(nn.Module):
         result is their mean cross-entropy in nats and nothing else: the logits are then the compiler's to keep or not.
         With reduction="none" it is that of each target, (B, T). Without targets it is the logits (B, T, V) in fp32.
         cache: what sample.py's KVCache does. `advance(T)` gives the positions (T) or (B, T) of the new tokens; each of
-        its `layers` has `append(k, v)` for the keys and values (B, H, S, D) to attend to, and in `mask` (B, 1, T, S)
+        its `layers` has `append(k, v)` for the keys and values (B, K, S, D) to attend to, and in `mask` (B, 1, T, S)
         which of them, None for all up to the token itself. The logits are then the last token's alone, (B, 1, V).
         """
         T = tokens.size(1)
         if cache is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than the block_size of {self.config.block_size}")
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.advance(T)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C)
+        x, rotation = self.wte(tokens), None  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        else:
+            rotation = self.cos[positions], self.sin[positions]  # (T, 1, D / 2)
+        x = self.drop(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
-                x = block(x, None if cache is None else cache.layers[layer])
+                x = block(x, rotation, None if cache is None else cache.layers[layer])
         if cache is not None:
             x = x[:, -1:]
-        logits = self.lm_head(self.ln_f(x))[..., : self.config.vocab_size].float()  # (B, T, V), the padding cut off
+        logits = self.lm_head(self.ln_f(x)).float()  # (B, T, V)
+        if self.config.vocab_size < logits.size(-1):
+            logits = logits[..., : self.config.vocab_size]  # the padding cut off
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets)
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token: 6 N + 12 L C T, Chowdhery et al. 2022 (PaLM), appendix B.
+        """Floating-point operations to train on one token: 6 N + 12 L H D T, Chowdhery et al. 2022 (PaLM), appendix B.
 
-        N leaves out the position embeddings, which are only looked up. Activation checkpointing's second forward is
-        not counted: it is the price, not the work.
+        N leaves out embeddings that are only looked up. Activation checkpointing's second forward is not counted: it is
+        the price, not the work.
         """
-        parameters = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
-        return 6 * parameters + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        config = self.config
+        looked_up = ([self.wpe] if self.wpe is not None else []) + ([] if config.tie_embeddings else [self.wte])
+        parameters = sum(p.numel() for p in self.parameters()) - sum(table.weight.numel() for table in looked_up)
+        return 6 * parameters + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
 
 
 class WithoutInit(TorchFunctionMode):
@@ -176,18 +306,54 @@ def empty_model(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-# ---- Hugging Face: a folder with config.json and safetensors in the layout of transformers' GPT2LMHeadModel.
-# It stores the four linear layers of a block as (in, out), where ours are (out, in); it always has biases, never the
-# padding of the vocabulary, and the tied head once.
+# ---- Hugging Face: a folder with config.json and safetensors in the layout of transformers' GPT2LMHeadModel or
+# Qwen3ForCausalLM. Neither has the padding of the vocabulary, and a tied head is stored once. GPT-2's has the four
+# linear layers of a block as (in, out), where ours are (out, in), and always has biases.
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-ARCHITECTURE = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
+QWEN3_NAMES = {  # ours and theirs, several where they lie one above the other in ours
+    "wte": ["model.embed_tokens"],
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+    "ln_f": ["model.norm"],
+    "lm_head": ["lm_head"],
+}
+SHAPE = {  # how config.json calls the fields of a GPTConfig
+    "gpt2": {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | {"block_size": "n_positions"},
+    "qwen3": {
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "n_kv_head": "num_key_value_heads",
+        "head_size": "head_dim",
+        "intermediate_size": "intermediate_size",
+    },
+}
+FIXED = {  # what it says of every model that is known here
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "rope_scaling": None,
+    },
 }
 MOST_JSON_BYTES = 64 * 2**20
 
@@ -196,18 +362,21 @@ MOST_JSON_BYTES = 64 * 2**20
 def load_hf(folder: Path, dropout: float = 0.0) -> GPT:
     """The model in a Hugging Face folder, in fp32 whatever the file has, read a tensor at a time.
 
-    Raises OSError or ValueError where it isn't whole, or isn't a GPT-2.
+    Raises OSError or ValueError where it isn't whole, or is neither a GPT-2 nor a Qwen3.
     """
     safetensors = import_safetensors()
     model = empty_model(read_config(folder, dropout))
-    model.wte.weight[model.config.vocab_size :] = 0  # the padding
+    for table in (model.wte, model.lm_head):
+        table.weight[model.config.vocab_size :] = 0  # the padding
     missing = in_hf_layout(model)
     for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    place = missing.pop(name.removeprefix("transformer."), None)
-                    if place is not None:  # older files also hold the mask (attn.bias), and some the tied head
+                    place = missing.pop(name, None)
+                    if place is None:  # older files of GPT-2 lack the prefix
+                        place = missing.pop(f"transformer.{name}", None)
+                    if place is not None:  # they also hold the mask (attn.bias), and some files a tied head
                         fill(place, file.get_tensor(name), name)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path.name} is damaged: {error}") from None
@@ -227,22 +396,38 @@ def fill(place: torch.Tensor, tensor: torch.Tensor, name: str):
 
 def in_hf_layout(model: GPT) -> dict[str, torch.Tensor]:
     """The model's weights under their names in a file and in the shapes they have there: views, to read or to fill."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    weights["wte.weight"] = weights["wte.weight"][: model.config.vocab_size]  # the rest is padding
-    return {name: weight.T if name.endswith(TRANSPOSED) else weight for name, weight in weights.items()}
+    weights, found = {name: parameter.detach() for name, parameter in model.named_parameters()}, {}
+    for name in ("wte.weight", "lm_head.weight"):
+        if name in weights:  # a tied head has no name of its own
+            weights[name] = weights[name][: model.config.vocab_size]  # the rest is padding
+    if model.config.arch == "gpt2":
+        return {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
+    for name, weight in weights.items():
+        layer, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
+        pieces = weight.split(model.config.rows.get(part.split(".")[-1], len(weight)))
+        for theirs, piece in zip(QWEN3_NAMES[part], pieces):
+            found[f"{f'model.layers.{layer}.' if layer else ''}{theirs}.weight"] = piece
+    return found
 
 
 def read_config(folder: Path, dropout: float) -> GPTConfig:
     """The shape in a folder's config.json. Raises ValueError where it is of another architecture."""
     facts = read_json(folder / "config.json")
-    for name, value in ARCHITECTURE.items():
-        if facts.get(name, value) != value:
-            raise ValueError(f"{name} is {facts[name]!r}, and only GPT-2's {value!r} is known here")
-    facts["block_size"] = facts.get("n_positions")
-    shape = {name: facts.get(name) for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")}
+    arch = facts.get("model_type", "gpt2")
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"model_type is {arch!r}, and only {' and '.join(ARCHITECTURES)} are known here")
+    for name, value in FIXED[arch].items():
+        if name != "architectures" and facts.get(name, value) != value:
+            raise ValueError(f"{name} is {facts[name]!r}, and only {arch}'s {value!r} is known here")
+    shape = {name: facts.get(theirs) for name, theirs in SHAPE[arch].items()}
     if not all(isinstance(value, int) and value > 0 for value in shape.values()):
         raise ValueError(f"config.json gives no whole shape: {shape}")
-    return GPTConfig(**shape, dropout=dropout)
+    if arch == "qwen3":
+        rope = facts.get("rope_parameters") or {"rope_theta": facts.get("rope_theta")}  # of transformers 5; before
+        if rope.get("rope_type", "default") != "default" or not isinstance(rope.get("rope_theta"), (int, float)):
+            raise ValueError(f"the rotary positions are {rope}, and only those of rope_type 'default' are known here")
+        shape |= {"rope_theta": float(rope["rope_theta"]), "tie_embeddings": bool(facts.get("tie_word_embeddings"))}
+    return GPTConfig(arch=arch, dropout=dropout, **shape)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -279,15 +464,15 @@ def save_hf(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = tor
     """
     safetensors, config = import_safetensors(), model.config
     state = in_hf_layout(model)
-    if not config.bias:
-        biased = [name.removesuffix(".weight") for name in state if name not in ("wte.weight", "wpe.weight")]
-        outputs = {name: state[f"{name}.weight"].size(-1) for name in biased}  # the last dimension there
-        state |= {f"{name}.bias": torch.zeros(size) for name, size in outputs.items()}
-    state = {f"transformer.{name}": weight.to("cpu", dtype).contiguous() for name, weight in state.items()}
+    if config.arch == "gpt2" and not config.bias:
+        biased = [name.removesuffix(".weight") for name in state if "wte" not in name and "wpe" not in name]
+        state |= {f"{name}.bias": torch.zeros(state[f"{name}.weight"].size(-1)) for name in biased}  # (in, out) there
+    state = {name: weight.to("cpu", dtype).contiguous() for name, weight in state.items()}
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    facts = ARCHITECTURE | {"architectures": ["GPT2LMHeadModel"], "n_layer": config.n_layer, "n_head": config.n_head}
-    facts |= {"n_embd": config.n_embd, "n_positions": config.block_size, "vocab_size": config.vocab_size}
-    facts |= ends | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    facts = {"model_type": config.arch, **FIXED[config.arch], **ends, "torch_dtype": str(dtype).removeprefix("torch.")}
+    facts |= {theirs: getattr(config, name) for name, theirs in SHAPE[config.arch].items()}
+    if config.arch == "qwen3":
+        facts |= {"rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", facts), ("generation_config.json", ends)):
         text = json.dumps(content, indent=2) + "\n"

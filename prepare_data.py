@@ -417,6 +417,10 @@ PATTERNS = {  # how text is split into the pieces that no merge crosses
         r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
         r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\s|\S)|\s*[\r\n]+|\s+(?!\S)|\s+"""  # (?!\s|\S): the end, in any engine
     ),
+    "qwen": (  # of text in Unicode's composed form: every digit by itself
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"""
+        r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    ),
 }
 GPT2_RANKS = (
     "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken",
@@ -425,14 +429,15 @@ GPT2_RANKS = (
 )
 
 
-def pattern_of(name: str) -> str:
-    """The split pattern of the tokenizer `name`: GPT-4's where it ends in :gpt4, otherwise GPT-2's."""
-    return PATTERNS["gpt4" if name.endswith(":gpt4") else "gpt2"]
+def pattern_name(name: str) -> str:
+    """How the tokenizer `name` splits text: as GPT-4 or Qwen where it ends in :gpt4 or :qwen, otherwise as GPT-2."""
+    ending = name.rpartition(":")[2]
+    return ending if ending in PATTERNS else "gpt2"
 
 
 def bpe_size(name: str) -> int:
     """Return N for bpe:N, 0 for another tokenizer. Raises ValueError for a name that means nothing."""
-    kind = name.removesuffix(":gpt4")
+    kind = name.removesuffix(f":{pattern_name(name)}")
     if kind.startswith("bpe:") and kind[4:].isascii() and kind[4:].isdigit():
         if not 257 <= int(kind[4:]) <= 1_000_000:
             raise ValueError(f"tokenizer {name}: N counts 256 bytes, merges and end-of-text: from 257 to 1000000")
@@ -457,7 +462,7 @@ def make_encoding(ids: dict[bytes, int], end_of_text: int, name: str) -> tiktoke
     if min(taken) < 0 or max(taken) >= 2**31:
         raise Failure(f"{name}: ids must be from 0 to 2147483647, and it has {min(taken)} to {max(taken)}")
     return tiktoken.Encoding(
-        name, pat_str=pattern_of(name), mergeable_ranks=ids, special_tokens={END_OF_TEXT: end_of_text}
+        name, pat_str=PATTERNS[pattern_name(name)], mergeable_ranks=ids, special_tokens={END_OF_TEXT: end_of_text}
     )
 
 
@@ -493,14 +498,15 @@ def entries_of(encoding: tiktoken.Encoding) -> dict[bytes, int]:
 
 def same_tokens(first: tiktoken.Encoding, second: tiktoken.Encoding) -> bool:
     """Whether two encodings make the same ids of any text."""
-    return write_tokenizer(first) == write_tokenizer(second) and pattern_of(first.name) == pattern_of(second.name)
+    return write_tokenizer(first) == write_tokenizer(second) and pattern_name(first.name) == pattern_name(second.name)
 
 
 def load_tokenizer(name: str, data_dir: Path) -> tiktoken.Encoding:
     """The tokenizer `name`: gpt2 (fetched once), bytes, a .tiktoken file, or a Hugging Face model's. Raises Failure."""
     if name == "bytes":
         return make_tokenizer([bytes([byte]) for byte in range(256)], name)
-    path = gpt2_ranks(data_dir) if name == "gpt2" else Path(os.path.expanduser(name.removesuffix(":gpt4")))
+    file = Path(os.path.expanduser(name.removesuffix(f":{pattern_name(name)}")))
+    path = gpt2_ranks(data_dir) if name == "gpt2" else file
     if path.suffix != ".tiktoken" and not path.is_file():
         return load_hf_tokenizer(fetch_model(name, weights=False), name)
     try:
@@ -524,6 +530,8 @@ STRETCH = 100_000  # characters; tiktoken's search gives up on a million of whit
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     """The tokens of `text`, uint32; no characters in it become a special token."""
+    if pattern_name(encoding.name) == "qwen":
+        text = unicodedata.normalize("NFC", text)
     stretches = [text]
     if any(text[start : start + STRETCH].isspace() for start in range(0, len(text) - STRETCH + 1, STRETCH)):
         stretches = [text[start : start + STRETCH] for start in range(0, len(text), STRETCH)]
@@ -615,7 +623,7 @@ def load_hf_tokenizer(folder: Path, name: str) -> tiktoken.Encoding:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error if isinstance(error, ValueError) else f"it is not laid out as expected ({error!r})"
         raise Failure(f"the tokenizer in {folder} can't be used here: {reason}") from None
-    return make_encoding(ids, end_of_text, name + (":gpt4" if pattern == "gpt4" else ""))
+    return make_encoding(ids, end_of_text, name if pattern == "gpt2" else f"{name}:{pattern}")
 
 
 def content_of(token) -> str:
@@ -643,18 +651,21 @@ def read_hf_files(folder: Path) -> tuple[dict[str, int], list, dict[str, int], s
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         return read_json(folder / "vocab.json"), merges, {}, "gpt2"
     model = file["model"]
+    pattern = split_pattern(file.get("pre_tokenizer") or {})
     for name, value in [("normalizer", file.get("normalizer")), *model.items()]:
-        if name == "type" and value != "BPE" or name in ODDITIES and value:
+        is_odd = name in ODDITIES and value or name == "normalizer" and value != NORMALIZERS.get(pattern)
+        if is_odd or name == "type" and value != "BPE":
             raise ValueError(f"its {name} is {value!r}, which is not known here")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     for token in file.get("added_tokens", []):
         if not token["special"] and not re.fullmatch(r"<.+>", token["content"]):
             raise ValueError(f"text can become the token {token['content']!r}, which was added and not merged")
     added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
-    return model["vocab"], merges, added, split_pattern(file.get("pre_tokenizer") or {})
+    return model["vocab"], merges, added, pattern
 
 
-ODDITIES = ("normalizer", "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+NORMALIZERS = {"qwen": {"type": "NFC"}}
+ODDITIES = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def split_pattern(steps: dict) -> str:
@@ -725,13 +736,14 @@ def save_hf_tokenizer(encoding: tiktoken.Encoding, folder: Path):
         raise Failure(
             f"{encoding.name} has entries that merges don't reach, or {END_OF_TEXT}: no tokenizer.json can say that"
         )
-    pattern = next(name for name in PATTERNS if PATTERNS[name] == pattern_of(encoding.name))
+    pattern = pattern_name(encoding.name)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern == "gpt2"}
     splits = [] if level["use_regex"] else [split_step(pattern)]  # GPT-2's is part of the step to bytes
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     content = {
         "version": "1.0",
         "added_tokens": [{"id": encoding.eot_token, "content": END_OF_TEXT, "special": True} | flags],
+        "normalizer": NORMALIZERS.get(pattern),
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
         "decoder": level,
         "model": {
@@ -2094,7 +2106,8 @@ def new_tokenizer(settings: PrepareConfig, workers: Workers, texts: Path, spans:
     """A tokenizer of the size that the settings name, trained on the training documents."""
     entries = bpe_size(settings.tokenizer)
     spans, counts = beginning(spans[~spans["is_val"]], BPE_BYTES), Counter()
-    for some in in_parts(workers, partial(count_pieces, texts, pattern_of(settings.tokenizer)), spans, "bytes split"):
+    pattern = PATTERNS[pattern_name(settings.tokenizer)]
+    for some in in_parts(workers, partial(count_pieces, texts, pattern), spans, "bytes split"):
         counts.update(some)
     print(f"training a tokenizer of {entries:,} entries on {len(counts):,} different pieces of text", flush=True)
     return make_tokenizer(train_bpe(counts, entries), settings.tokenizer)
@@ -2232,7 +2245,7 @@ def merge(settings: PrepareConfig, folder: Path) -> dict:
     if not parts or len({part.resolve() for part in parts}) < len(parts):
         raise Failure(f"--merge={settings.merge}: name at least one folder, and none twice")
     manifests = [read_manifest(part, f"--merge: {part} holds no manifest.json, so it is no dataset") for part in parts]
-    tokenizers = [(facts["tokenizer"]["sha256"], pattern_of(facts["tokenizer"]["name"])) for facts in manifests]
+    tokenizers = [(facts["tokenizer"]["sha256"], pattern_name(facts["tokenizer"]["name"])) for facts in manifests]
     for part, tokenizer in zip(parts, tokenizers):
         if tokenizer != tokenizers[0]:
             raise Failure(f"--merge: {part} and {parts[0]} have different tokenizers; prepare one of them anew")

@@ -108,7 +108,7 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)  # (B, H, S, D)
+        shape = (batch_size, config.n_kv_head, length, config.head_size)  # (B, K, S, D)
         self.layers = [LayerCache(self, shape, device, dtype) for _ in range(config.n_layer)]
         self.places, self.rows = torch.arange(length, device=device), torch.arange(batch_size, device=device)
         self.held = torch.zeros_like(self.rows)  # tokens in each row
@@ -139,14 +139,14 @@ class LayerCache:
 
     def __init__(self, cache: KVCache, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
         self.cache = cache
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))  # (B, H, S, D)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))  # (B, K, S, D)
 
     @property
     def mask(self) -> torch.Tensor | None:
         return self.cache.mask
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep k and v (B, H, T, D) of the new tokens; return those to attend to."""
+        """Keep k and v (B, K, T, D) of the new tokens; return those to attend to."""
         cache = self.cache
         if cache.filled:
             rows, prompt_of = cache.filled

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -41,21 +42,32 @@ class TrainConfig:
     dataset: str = "stdlib"  # a folder in data_dir; stdlib and shakespeare are prepared when missing
     data_dir: str = "data"  # the folder that datasets stand in
     tokenizer: str = ""  # of shards made elsewhere, without a manifest: whatever prepare_data.py takes but bpe:N
+    arch: str = "gpt2"  # gpt2 or qwen3
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads a block
     n_embd: int = 768  # width
     block_size: int = 1024  # context, tokens
     dropout: float = 0.0  # share of activations zeroed in training
-    bias: bool = True  # in linear layers and layer norms, as in GPT-2
+    bias: bool = True  # gpt2: in linear layers and layer norms
+    n_kv_head: int = 0  # qwen3: heads of keys and values a block, each for several of queries; 0 = n_head
+    head_size: int = 0  # qwen3: width of a head; 0 = n_embd / n_head
+    intermediate_size: int = 0  # qwen3: width of the MLP; 0 = 8/3 of n_embd
+    rope_theta: float = 10000.0  # qwen3: the slowest pair of a head turns by 1 / rope_theta a token
+    tie_embeddings: bool = True  # the head has the weights of the token embeddings; gpt2 always
     batch_tokens: int = 512 * 1024  # tokens an optimizer step sees, over all ranks
     micro_batch_size: int = 0  # sequences a device holds at once; 0 = as many as fit, found by trying
     max_steps: int = 19073  # optimizer steps; 19,073 of 0.5M tokens are 10B
     learning_rate: float = 6e-4  # its peak, after warm-up
-    min_lr: float = 6e-5  # where the cosine ends
+    min_lr: float = 6e-5  # where the decay ends
     warmup_steps: int = 700  # linear, up to learning_rate
-    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and layer norms
+    decay: str = "cosine"  # how the learning rate falls: cosine or linear
+    decay_steps: int = 0  # over so many last steps, and before them it stays at its peak; 0 = from warm-up on
+    optimizer: str = "adamw"  # adamw, or muon: for the blocks' matrices, with adamw for all the rest
+    weight_decay: float = 0.1  # on matrices and embeddings, not on biases and norms
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.95  # and of its square
+    muon_learning_rate: float = 0.0  # its peak for Muon's matrices; 0 = learning_rate
+    muon_momentum: float = 0.95  # Muon's memory of the gradient
     grad_clip: float = 1.0  # the gradient is shortened to this norm; 0 = off
     eval_interval: int = 250  # steps between evaluations; one more follows the last step
     eval_tokens: int = 10 * 1024 * 1024  # validation tokens an evaluation scores, the same each time
@@ -73,14 +85,18 @@ class TrainConfig:
             ("n_layer n_head n_embd block_size batch_tokens max_steps eval_interval eval_tokens", 1),
             ("checkpoint_interval log_interval", 1),
             ("seed micro_batch_size warmup_steps weight_decay grad_clip dropout learning_rate min_lr beta1 beta2", 0),
+            ("decay_steps muon_learning_rate muon_momentum n_kv_head head_size intermediate_size", 0),
         ):
             for name in names.split():
                 if not low <= getattr(self, name) < 2**63:
                     raise ValueError(f"{name} is {getattr(self, name)} and must be at least {low} (and below 2^63)")
-        for name in ("dropout", "beta1", "beta2"):
+        for name in ("dropout", "beta1", "beta2", "muon_momentum"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)} and must be below 1")
         for name, choices in (
+            ("arch", ("gpt2", "qwen3")),
+            ("optimizer", ("adamw", "muon")),
+            ("decay", ("cosine", "linear")),
             ("device", ("auto", "cpu", "cuda", "mps")),
             ("dtype", ("auto", "float32", "bfloat16")),
             ("compile", ("auto", "on", "off")),
@@ -92,12 +108,26 @@ class TrainConfig:
             raise ValueError(
                 f"init_from {self.init_from!r} is not scratch, resume, a folder, {known}, or OWNER/NAME on the Hub"
             )
-        if self.n_embd % self.n_head:
+        chosen = (self.n_kv_head, self.head_size, self.intermediate_size, not self.tie_embeddings)
+        if self.arch == "gpt2" and any(chosen):
+            raise ValueError("n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only")
+        if self.n_embd % self.n_head and not self.head_size:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.arch == "qwen3" and (head_size := self.head_size or self.n_embd // self.n_head) % 2:
+            raise ValueError(f"head_size {head_size} must be even: rotary positions turn pairs")
+        if self.rope_theta < 1:
+            raise ValueError(f"rope_theta is {self.rope_theta} and must be at least 1")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must not exceed max_steps {self.max_steps}")
+        if self.warmup_steps + self.decay_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} are together more than "
+                f"max_steps {self.max_steps}"
+            )
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         unit = self.block_size * world_size * max(1, self.micro_batch_size)
         if self.batch_tokens % unit:
@@ -199,23 +229,93 @@ def to_device(windows: np.ndarray, device: torch.device):
 # ---- the optimizer and its schedule
 
 
-def make_optimizer(model: GPT, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, Loshchilov & Hutter 2019; matrices and embeddings decay, vectors do not."""
-    parameters = list(model.parameters())
+@torch.no_grad()
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Bring all singular values of each of the matrices (N, R, C) near 1 and leave their directions as they are.
+
+    Five steps of a Newton-Schulz iteration, in bfloat16 where the device has it: Jordan et al. 2024, "Muon", with the
+    coefficients found there. The values end between 0.7 and 1.2, which does as well as 1.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x.mT if x.size(1) > x.size(2) else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if matrices.size(1) > matrices.size(2) else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal before it moves the matrices: Jordan et al. 2024.
+
+    An update's root mean square is 0.2, which is about AdamW's, so that their learning rates and weight decay can be
+    the same: Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2. Each rank orthogonalises a share.
+    """
+
+    def __init__(self, model: GPT, settings: TrainConfig, ranks: "Ranks"):
+        weights, self.rows = zip(*model.matrices())
+        self.ranks = ranks
+        super().__init__(weights, dict(lr=0.0, momentum=settings.muon_momentum, weight_decay=settings.weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        weights, lr, momentum = group["params"], group["lr"], group["momentum"]
+        gradients = [weight.grad for weight in weights]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        moments = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(moments, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, moments, momentum)  # Nesterov's: a look ahead
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        alike = defaultdict(list)  # by shape: query, key and value are matrices of their own
+        for weight, update, rows in zip(weights, updates, self.rows):
+            for part, direction in zip(weight.split(rows), update.split(rows)):
+                alike[part.shape].append((part, direction))
+        for shape, pairs in alike.items():
+            parts, directions = zip(*pairs)
+            directions = self.ranks.share_out(orthogonalize, torch.stack(directions)).to(parts[0].dtype)
+            torch._foreach_add_(parts, directions.unbind(), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+
+
+def make_optimizers(model: GPT, settings: TrainConfig, ranks: "Ranks") -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov & Hutter 2019) and, where asked for, Muon for the blocks' matrices. Vectors do not decay."""
+    optimizers, parameters = [], list(model.parameters())
+    if settings.optimizer == "muon":
+        optimizers.append(Muon(model, settings, ranks))
+        taken = {id(weight) for weight, _ in model.matrices()}
+        parameters = [p for p in parameters if id(p) not in taken]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True), *optimizers]
 
 
-def learning_rate_at(step: int, settings: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to min_lr: Loshchilov & Hutter 2017."""
+def schedule(step: int, settings: TrainConfig) -> float:
+    """The share of the peak learning rates at a step: linear warm-up, a plateau, and a decay to min_lr.
+
+    Cosine: Loshchilov & Hutter 2017. A plateau and then a linear decay: Hägele et al. 2024.
+    """
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.max_steps - settings.warmup_steps)
-    return settings.min_lr + (settings.learning_rate - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return (step + 1) / settings.warmup_steps
+    decay_steps = settings.decay_steps or settings.max_steps - settings.warmup_steps
+    progress = max(0.0, 1 - (settings.max_steps - step) / max(1, decay_steps))
+    height = (1 + math.cos(math.pi * progress)) / 2 if settings.decay == "cosine" else 1 - progress
+    lowest = settings.min_lr / (settings.learning_rate or 1.0)
+    return lowest + (1 - lowest) * height
+
+
+def set_learning_rates(run: "Run", step: int) -> float:
+    """Give each optimizer its learning rate for a step; return AdamW's."""
+    settings, share = run.settings, schedule(step, run.settings)
+    for optimizer in run.optimizers:
+        is_muon = isinstance(optimizer, Muon) and settings.muon_learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = share * (settings.muon_learning_rate if is_muon else settings.learning_rate)
+    return share * settings.learning_rate
 
 
 # ---- ranks: one process a device, each with the whole model and its share of the batch
@@ -246,6 +346,17 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether any rank has `flag` set."""
         return self.least(not flag) == 0
+
+    def share_out(self, function, batch: torch.Tensor) -> torch.Tensor:
+        """function(batch), of which each rank computes the part for its share of the rows."""
+        if self.world_size == 1:
+            return function(batch)
+        count = math.ceil(len(batch) / self.world_size)
+        places = torch.arange(count, device=batch.device) + self.rank * count
+        mine = function(batch[places % len(batch)]).contiguous()  # past the end some are computed twice
+        whole = mine.new_empty(count * self.world_size, *mine.shape[1:])
+        dist.all_gather_into_tensor(whole, mine)
+        return whole[: len(batch)]
 
     def first_alone(self, task):
         """Have rank 0 do `task` while the others wait. Where it fails, all of them end, and rank 0 says why."""
@@ -410,7 +521,7 @@ class Run:
     ranks: Ranks
     dataset: prepare_data.Dataset
     model: GPT
-    optimizer: torch.optim.AdamW
+    optimizers: list[torch.optim.Optimizer]
     step: int = 0  # optimizer steps done
     best_val_loss: float = math.inf
     val_loss: float = math.inf  # of the newest evaluation
@@ -465,6 +576,12 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> prepare_data.Dataset:
     return prepare_data.Dataset(folder, settings.block_size, settings.tokenizer)
 
 
+def model_config(settings: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The shape of a new model."""
+    shape = {field.name: getattr(settings, field.name) for field in fields(GPTConfig) if field.name != "vocab_size"}
+    return GPTConfig(vocab_size=vocab_size, **shape)
+
+
 def build_model(settings: TrainConfig, dataset: prepare_data.Dataset, saved: dict | None) -> GPT:
     """The model as a checkpoint has it, as a Hugging Face folder has it, or new."""
     vocab_size = dataset.encoding.n_vocab
@@ -472,9 +589,8 @@ def build_model(settings: TrainConfig, dataset: prepare_data.Dataset, saved: dic
         model = empty_model(GPTConfig(**saved["model_config"]))
         model.load_state_dict(saved["model"])
     elif settings.init_from == "scratch":
-        shape = {f.name: getattr(settings, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
         torch.manual_seed(settings.seed)  # the same weights on any device: they are drawn on the CPU
-        model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
+        model = GPT(model_config(settings, vocab_size))
     else:
         model = fetched_model(settings, dataset)
     model.activation_checkpointing = settings.activation_checkpointing
@@ -519,9 +635,10 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: prepare_data.Dataset
             saved["settings"]["micro_batch_size"] if same_share else fitting_micro_batch_size(model, settings, ranks)
         )
         settings = replace(settings, micro_batch_size=found)
-    run = Run(settings, ranks, dataset, model, make_optimizer(model, settings))
+    run = Run(settings, ranks, dataset, model, make_optimizers(model, settings, ranks))
     if saved:
-        run.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
         run.step, run.best_val_loss, run.val_loss = saved["step"], saved["best_val_loss"], saved["val_loss"]
     return run
 
@@ -535,10 +652,11 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: prepare_data.Dat
     3. How fast and how long it goes on is free: max_steps, learning rate, micro_batch_size, ranks, dtype, intervals.
        Whatever of these is auto, or 0, stays what it was found to be.
     """
-    same = "n_layer n_head n_embd block_size bias dropout batch_tokens seed weight_decay beta1 beta2".split()
+    same = "arch n_layer n_head n_embd block_size dropout bias n_kv_head head_size intermediate_size rope_theta "
+    same += "tie_embeddings batch_tokens seed optimizer weight_decay beta1 beta2 muon_momentum"
     differing = [
         f"{name} (was {saved['settings'][name]}, now {getattr(settings, name)})"
-        for name in same
+        for name in same.split()
         if saved["settings"][name] != getattr(settings, name)
     ]
     if saved["tokenizer"]["text"] != prepare_data.write_tokenizer(dataset.encoding):
@@ -568,7 +686,7 @@ def save_checkpoint(run: Run, name: str):
         "dataset": run.dataset.fingerprint(),
     }
     if name == "latest.pt":
-        state["optimizer"] = run.optimizer.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
     run.ranks.first_alone(lambda: checkpoint.save(run.folder / name, state))
 
 
@@ -710,7 +828,7 @@ def train(run: Run) -> bool:
     if settings.compile == "on":
         run.say("compiling: the first step can take a minute")
         run.model.compile()
-    parallel = DistributedDataParallel(run.model) if ranks.world_size > 1 else run.model
+    parallel = DistributedDataParallel(run.model, broadcast_buffers=False) if ranks.world_size > 1 else run.model
     meter, start_step, grad_norm = Meter(run), run.step, None
     batch = micro_batch(windows, settings, ranks, start_step, 0)
     with stop_requests() as requests:
@@ -728,9 +846,7 @@ def train(run: Run) -> bool:
             if last:
                 return not stop
 
-            learning_rate = learning_rate_at(step, settings)
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate
+            learning_rate = set_learning_rates(run, step)
             if settings.dropout:
                 torch.manual_seed(hashed(settings.seed, step, ranks.rank))
             step_loss = torch.zeros((), device=ranks.device)
@@ -744,8 +860,9 @@ def train(run: Run) -> bool:
                 loss.backward()
                 step_loss += loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+            for optimizer in run.optimizers:
+                optimizer.step()
+            run.model.zero_grad()
             run.step = step + 1
             if run.step % settings.log_interval == 0 or step == start_step:  # the only wait for the device
                 loss_now, norm_now = (ranks.sum(step_loss) / ranks.world_size).item(), grad_norm.item()

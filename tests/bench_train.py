@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import config
 import train
-from model import GPT, GPTConfig
+from model import GPT
 
 STEPS = 20
 
@@ -47,17 +47,16 @@ def main(settings: train.TrainConfig):
     settings, device = train.resolve_auto(settings, ranks, None), ranks.device
     dtype = getattr(torch, settings.dtype)
     limit = matrix_product_flops(device, dtype)
-    shape = dict(n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd, dropout=settings.dropout)
-    model = GPT(GPTConfig(50257, settings.block_size, **shape, bias=settings.bias)).to(device)
+    model = GPT(train.model_config(settings, 50257)).to(device)
     model.activation_checkpointing = settings.activation_checkpointing
     if not settings.micro_batch_size:
         settings = replace(settings, micro_batch_size=train.fitting_micro_batch_size(model, settings, ranks))
     if settings.compile == "on":
         model.compile()
-    optimizer = train.make_optimizer(model, settings)
+    optimizers = train.make_optimizers(model, settings, ranks)
     micro_steps = settings.batch_tokens // (settings.block_size * settings.micro_batch_size)
     tokens = torch.randint(50257, (micro_steps, settings.micro_batch_size, settings.block_size + 1), device=device)
-    seconds = []
+    seconds, updates = [], {type(optimizer).__name__: [] for optimizer in optimizers}
     for _ in range(STEPS + 5):
         wait(device)
         started = time.perf_counter()
@@ -66,9 +65,13 @@ def main(settings: train.TrainConfig):
                 loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()) / micro_steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
         wait(device)
+        for optimizer in optimizers:
+            update_started = time.perf_counter()
+            optimizer.step()
+            wait(device)
+            updates[type(optimizer).__name__].append(time.perf_counter() - update_started)
+        model.zero_grad()
         seconds.append(time.perf_counter() - started)
     median, speed = statistics.median(seconds[5:]), settings.batch_tokens / statistics.median(seconds[5:])
     print(
@@ -79,6 +82,9 @@ def main(settings: train.TrainConfig):
         f"{max(seconds[5:]) * 1e3:.1f}), {speed:,.0f} tokens/s, {train.memory_gib(device):.1f} GiB, "
         f"{speed * model.flops_per_token() / limit:.1%} of a matrix product's {limit / 1e12:,.2f} TFLOP/s"
     )
+    for name, times in updates.items():
+        update = statistics.median(times[5:])
+        print(f"{name}'s update: {update * 1e3:.2f} ms, {update / median:.2%} of the step")
 
 
 if __name__ == "__main__":

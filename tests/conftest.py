@@ -66,6 +66,12 @@ def run(*command, cwd=ROOT, processes=1, **environment):
     )
 
 
+KINDS = {  # what the options of tiny runs add to make them of one architecture and optimizer or the other
+    "gpt2": [],
+    "qwen3": ["--arch=qwen3", "--n_kv_head=1", "--tie_embeddings=False", "--optimizer=muon"],
+}
+
+
 def tiny_arguments(data_dir: Path, out_dir: Path) -> list[str]:
     """What train.py needs to train a tiny model on `tiny` for a few steps."""
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_tokens=256"]

@@ -13,6 +13,8 @@ import prepare_data
 from model import GPT, GPTConfig, load_hf, save_hf
 
 SHAPE = dict(vocab_size=97, block_size=24, n_layer=2, n_head=2, n_embd=32)
+QWEN3 = dict(arch="qwen3", n_head=4, n_kv_head=2, head_size=16, intermediate_size=40)  # no two widths are equal
+both = pytest.mark.parametrize("shape", [{}, QWEN3, QWEN3 | dict(tie_embeddings=False)], ids=["gpt2", "tied", "untied"])
 
 
 def make_model(**changes) -> GPT:
@@ -28,8 +30,9 @@ def some_tokens(*shape) -> torch.Tensor:
     return torch.randint(SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_later_tokens_change_no_earlier_logit():
-    model, tokens = make_model().eval(), some_tokens(2, 24)
+@both
+def test_later_tokens_change_no_earlier_logit(shape):
+    model, tokens = make_model(**shape).eval(), some_tokens(2, 24)
     logits = model(tokens)
     changed = tokens.clone()
     changed[:, 15:] = (changed[:, 15:] + 1) % SHAPE["vocab_size"]
@@ -37,8 +40,9 @@ def test_later_tokens_change_no_earlier_logit():
     assert not torch.equal(model(changed)[:, 15:], logits[:, 15:])
 
 
-def test_each_logit_depends_on_every_token_up_to_its_own():
-    model, tokens = make_model().eval(), some_tokens(1, 24)
+@both
+def test_each_logit_depends_on_every_token_up_to_its_own(shape):
+    model, tokens = make_model(**shape).eval(), some_tokens(1, 24)
     embedded = model.wte(tokens).detach().requires_grad_()
     model.wte.register_forward_hook(lambda module, inputs, output: embedded)
     (gradient,) = torch.autograd.grad(model(tokens)[0, 10].square().sum(), embedded)
@@ -46,10 +50,10 @@ def test_each_logit_depends_on_every_token_up_to_its_own():
     assert reached.tolist() == [True] * 11 + [False] * 13
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_loss_at_initialisation_is_that_of_a_guess(bias):
+@pytest.mark.parametrize("shape", [dict(bias=True), dict(bias=False), QWEN3, QWEN3 | dict(tie_embeddings=False)])
+def test_loss_at_initialisation_is_that_of_a_guess(shape):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=1000, block_size=64, n_layer=4, n_head=4, n_embd=64, bias=bias))
+    model = GPT(GPTConfig(**dict(vocab_size=1000, block_size=64, n_layer=4, n_head=4, n_embd=64) | shape))
     tokens = torch.randint(1000, (8, 65))
     loss = model(tokens[:, :-1], tokens[:, 1:])
     assert abs(loss.item() - math.log(1000)) < 0.1
@@ -65,8 +69,27 @@ def test_initial_scales():
             assert (parameter == (1.0 if name.endswith("weight") else 0.0)).all(), name
 
 
-def test_loss_is_the_cross_entropy_of_the_logits():
-    model, tokens = make_model(), some_tokens(3, 25)
+def test_qwen3_starts_as_the_identity_and_every_weight_gets_a_gradient_soon():
+    shape = SHAPE | QWEN3 | dict(tie_embeddings=False)
+    model, tokens = GPT(GPTConfig(**shape)), some_tokens(4, 24)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("c_proj.weight", "lm_head.weight")):
+            assert not parameter.any(), name
+        elif parameter.dim() == 2:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+        else:
+            assert (parameter == 1).all(), name
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(3):  # the head moves in the first step, then what feeds it, then the rest
+        optimizer.zero_grad()
+        model(tokens, tokens).backward()
+        optimizer.step()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+@both
+def test_loss_is_the_cross_entropy_of_the_logits(shape):
+    model, tokens = make_model(**shape), some_tokens(3, 25)
     targets = tokens[:, 1:].clone()
     targets[0, :20] = -1  # not asked
     logits = model(tokens[:, :-1])
@@ -74,24 +97,26 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     assert torch.allclose(model(tokens[:, :-1], targets), wanted, atol=1e-6)
 
 
-def test_padding_of_the_vocabulary_counts_for_nothing():
-    model, tokens = make_model(), some_tokens(2, 24)
+@both
+def test_padding_of_the_vocabulary_counts_for_nothing(shape):
+    model, tokens = make_model(**shape), some_tokens(2, 24)
     assert model.wte.weight.shape == (128, 32)  # 97, padded
     assert model(tokens).shape == (2, 24, 97)
     before = model(tokens, tokens).item()
     with torch.no_grad():
-        model.wte.weight[97:] = 100.0
+        model.wte.weight[97:] = model.lm_head.weight[97:] = 100.0
     loss = model(tokens, tokens)
     assert loss.item() == before
     loss.backward()
-    assert (model.wte.weight.grad[97:] == 0).all()
+    assert (model.wte.weight.grad[97:] == 0).all() and (model.lm_head.weight.grad[97:] == 0).all()
 
 
+@both
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_activation_checkpointing_changes_no_gradient(dropout):
+def test_activation_checkpointing_changes_no_gradient(dropout, shape):
     gradients = []
     for activation_checkpointing in (False, True):
-        model = make_model(dropout=dropout)
+        model = make_model(dropout=dropout, **shape)
         model.activation_checkpointing = activation_checkpointing
         torch.manual_seed(2)
         model(some_tokens(2, 24), some_tokens(2, 24)).backward()
@@ -99,10 +124,11 @@ def test_activation_checkpointing_changes_no_gradient(dropout):
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients))
 
 
-def test_activation_checkpointing_keeps_less():
+@both
+def test_activation_checkpointing_keeps_less(shape):
     kept = []
     for activation_checkpointing in (False, True):
-        model, sizes = make_model(n_layer=4), []
+        model, sizes = make_model(**shape | dict(n_layer=4)), []
         model.activation_checkpointing = activation_checkpointing
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
             model(some_tokens(2, 24), some_tokens(2, 24))
@@ -120,6 +146,48 @@ def test_flops_follow_the_formula():
     parameters = 124_475_904 - 1024 * 768  # of GPT-2 124M with its vocabulary padded to 50304, without positions
     assert sum(p.numel() for p in model.parameters()) == 124_475_904
     assert model.flops_per_token() == 6 * parameters + 12 * 12 * 768 * 1024
+    model = make_model(**QWEN3 | dict(tie_embeddings=False))  # a head of its own, so that wte is only looked up
+    matrices = 128 * 32 + 2 * (32 * (4 + 2 + 2) * 16 + 4 * 16 * 32 + 3 * 32 * 40)
+    assert model.flops_per_token() == 6 * (matrices + 5 * 32 + 4 * 16) + 12 * 2 * 4 * 16 * 24
+
+
+@both
+def test_the_matrices_of_the_blocks_are_listed_with_what_lies_in_them(shape):
+    model = make_model(**shape)
+    found = {id(weight): rows for weight, rows in model.matrices()}
+    names = {name: found.pop(id(weight), None) for name, weight in model.named_parameters()}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert {name for name, rows in names.items() if rows} == {f"h.{n}.{part}.weight" for n in (0, 1) for part in parts}
+    assert not found
+    wanted = ([64, 32, 32], [32], [40, 40], [32]) if shape else ([32, 32, 32], [32], [128], [32])
+    assert tuple(rows for name, rows in names.items() if rows) == wanted * 2
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(n_embd=33), "n_embd 33 is not a multiple of n_head 2"),
+        (dict(arch="llama"), "must be one of gpt2, qwen3"),
+        (dict(n_kv_head=1), "for qwen3 only"),
+        (dict(tie_embeddings=False), "for qwen3 only"),
+        (dict(arch="qwen3", n_head=4, n_kv_head=3), "n_head 4 is not a multiple of n_kv_head 3"),
+        (dict(arch="qwen3", head_size=15), "head_size 15 is odd"),
+    ],
+)
+def test_shapes_that_no_model_can_have_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**wrong)
+
+
+def test_attention_in_qwen3_depends_on_distances_and_not_on_places():
+    model, tokens = make_model(**QWEN3 | dict(n_layer=1)).eval(), some_tokens(1, 12)
+    rotated = model(tokens)
+    with torch.no_grad():  # all positions seven further on
+        model.cos, model.sin = (table.roll(-7, dims=0) for table in (model.cos, model.sin))
+    assert torch.allclose(model(tokens), rotated, atol=1e-4)
+    with torch.no_grad():
+        model.cos, model.sin = torch.ones_like(model.cos), torch.zeros_like(model.sin)
+    assert not torch.allclose(model(tokens), rotated, atol=1e-2)
 
 
 def test_a_folder_of_transformers_loads_here(tmp_path):
@@ -135,15 +203,73 @@ def test_a_folder_of_transformers_loads_here(tmp_path):
     assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_folder_of_ours_loads_in_transformers_and_here(tmp_path, bias):
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("rope", [{}, {"rope_theta": 1e6}])
+def test_a_qwen3_of_transformers_loads_here(tmp_path, is_tied, rope):
     transformers = pytest.importorskip("transformers")
-    ours, tokens = make_model(bias=bias).eval(), some_tokens(2, 24)
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=97,
+        max_position_embeddings=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=40,
+        tie_word_embeddings=is_tied,
+        initializer_range=0.3,
+        **rope,
+    )
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    tokens = some_tokens(2, 24)
+    ours = load_hf(tmp_path).eval()
+    assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
+    assert ours.config.rope_theta == rope.get("rope_theta", 10000.0) and ours.config.tie_embeddings == is_tied
+    facts = json.loads((tmp_path / "config.json").read_text())
+    facts["rope_theta"] = facts.pop("rope_parameters")["rope_theta"]  # as before transformers 5, and as published
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    assert torch.equal(load_hf(tmp_path).eval()(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize("shape", [dict(bias=True), dict(bias=False), QWEN3, QWEN3 | dict(tie_embeddings=False)])
+def test_a_folder_of_ours_loads_in_transformers_and_here(tmp_path, shape):
+    transformers = pytest.importorskip("transformers")
+    ours, tokens = make_model(**shape).eval(), some_tokens(2, 24)
     save_hf(ours, tmp_path, 96)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if "arch" in shape else "GPT2LMHeadModel")
     assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-4)
     assert torch.allclose(ours(tokens), load_hf(tmp_path).eval()(tokens), atol=1e-6)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', and only gpt2 and qwen3 are known"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is {'rope_type': 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rotary positions are .*yarn"),
+        ({"rope_theta": None}, "rotary positions are"),
+        ({"num_key_value_heads": None}, "no whole shape"),
+        ({"num_key_value_heads": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
+    ],
+)
+def test_a_qwen3_that_is_another_is_refused(tmp_path, change, message):
+    pytest.importorskip("safetensors")
+    save_hf(make_model(**QWEN3), tmp_path, 96)
+    facts = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=message):
+        load_hf(tmp_path)
 
 
 def test_a_folder_that_is_no_gpt2_is_refused(tmp_path):
@@ -225,7 +351,7 @@ def test_shards_that_are_not_whole_are_refused(tmp_path):
     for folder in folders:
         save_hf(make_model(), folder, 96)
     shard(folders[0], left_out=["transformer.h.1.ln_1.weight"])
-    with pytest.raises(ValueError, match="lack h.1.ln_1.weight, and 0 more"):
+    with pytest.raises(ValueError, match="lack transformer.h.1.ln_1.weight, and 0 more"):
         load_hf(folders[0])
     shard(folders[1], extra={"transformer.h.1.ln_1.weight": torch.ones(33)})
     with pytest.raises(ValueError, match=r"h.1.ln_1.weight has shape \(33,\), and config.json wants \(32,\)"):
@@ -248,15 +374,16 @@ def test_shards_that_are_not_whole_are_refused(tmp_path):
         load_hf(folders[4])
 
 
-def test_transformers_goes_on_as_our_model_does(tmp_path):
+@both
+def test_transformers_goes_on_as_our_model_does(tmp_path, shape):
     transformers = pytest.importorskip("transformers")
     tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the"]
-    encoding, ours = prepare_data.make_tokenizer(tokens, "x"), make_model(vocab_size=260).eval()
+    encoding, ours = prepare_data.make_tokenizer(tokens, "x"), make_model(**shape, vocab_size=260).eval()
     save_hf(ours, tmp_path, encoding.eot_token)
     prepare_data.save_hf_tokenizer(encoding, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert isinstance(theirs, transformers.GPT2LMHeadModel) and theirs.config.eos_token_id == tokenizer.eos_token_id
+    assert theirs.config.eos_token_id == tokenizer.eos_token_id
     prompt = tokenizer("the cat", return_tensors="pt")
     tokens = encoding.encode("the cat")
     found = theirs.generate(**prompt, do_sample=False, max_new_tokens=16)[0].tolist()
@@ -293,9 +420,10 @@ def test_an_export_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@both
 @pytest.mark.parametrize("fast", ["compiled", "bf16", "compiled bf16"])
-def test_fast_paths_agree_with_the_plain_one(fast):
-    model, tokens = make_model(block_size=64, n_embd=64).cuda(), some_tokens(4, 64).cuda()
+def test_fast_paths_agree_with_the_plain_one(fast, shape):
+    model, tokens = make_model(**shape, block_size=64, n_embd=64).cuda(), some_tokens(4, 64).cuda()
     plain = model(tokens, tokens)
     plain.backward()
     wanted = [p.grad.clone() for p in model.parameters()]

@@ -7,6 +7,7 @@ import json
 import lzma
 import random
 import struct
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 
@@ -246,11 +247,15 @@ def their_ids(folder, texts: list[str]) -> list[list[int]]:
     return [found.ids for found in theirs.encode_batch(texts, add_special_tokens=False)]
 
 
-def make_hf_folder(folder, special=(prepare_data.END_OF_TEXT,), **changes):
+def make_hf_folder(folder, special=(prepare_data.END_OF_TEXT,), split="gpt2", **changes):
     """A tokenizer that the library trained, special tokens first, as tokenizer.json and as the older pair of files."""
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer, steps = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+    tokenizer.pre_tokenizer = steps.ByteLevel(add_prefix_space=False)
+    if split == "qwen":
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+        split = steps.Split(tokenizers.Regex(prepare_data.PATTERNS["qwen"]), "isolated")
+        tokenizer.pre_tokenizer = steps.Sequence([split, steps.ByteLevel(add_prefix_space=False, use_regex=False)])
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=list(special),
@@ -271,9 +276,9 @@ def make_hf_folder(folder, special=(prepare_data.END_OF_TEXT,), **changes):
 
 
 @pytest.mark.parametrize("special, end", [(["<|endoftext|>"], 0), (["<pad>", "<s>", "</s>"], 2)])
-@pytest.mark.parametrize("files", ["tokenizer.json", "pair"])
+@pytest.mark.parametrize("files", ["tokenizer.json", "qwen", "pair"])
 def test_a_folders_tokenizer_makes_the_same_ids(tmp_path, special, end, files):
-    make_hf_folder(tmp_path, special)
+    make_hf_folder(tmp_path, special, split="qwen" if files == "qwen" else "gpt2")
     texts = random_texts(2000)
     wanted = their_ids(tmp_path, texts)
     names = {"pad_token": "<pad>", "bos_token": {"content": "<s>"}, "eos_token": special[-1]}
@@ -282,9 +287,10 @@ def test_a_folders_tokenizer_makes_the_same_ids(tmp_path, special, end, files):
         (tmp_path / "tokenizer.json").unlink()
     encoding = prepare_data.load_tokenizer(str(tmp_path), tmp_path)
     assert encoding.eot_token == end and encoding.n_vocab > 300
-    assert [encoding.encode_ordinary(text) for text in texts] == wanted
+    assert encoding.name.endswith(":qwen") == (files == "qwen")
+    assert [prepare_data.encode(encoding, text).tolist() for text in texts] == wanted
     again = prepare_data.read_tokenizer(prepare_data.write_tokenizer(encoding), encoding.name)
-    assert [again.encode_ordinary(text) for text in texts] == wanted and again.eot_token == end
+    assert [prepare_data.encode(again, text).tolist() for text in texts] == wanted and again.eot_token == end
 
 
 def test_end_of_text_is_what_the_folder_says(tmp_path):
@@ -312,7 +318,8 @@ SPLIT = {"type": "Split", "pattern": {"Regex": "a|b"}, "behavior": "Isolated", "
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"normalizer": {"type": "NFC"}}, "its normalizer is"),
+        ({"normalizer": {"type": "NFC"}}, "its normalizer is {'type': 'NFC'}"),
+        ({"split": "qwen", "normalizer": None}, "its normalizer is None"),
         ({"model__type": "Unigram"}, "its type is 'Unigram'"),
         ({"model__dropout": 0.1}, "its dropout is 0.1"),
         ({"model__byte_fallback": True}, "its byte_fallback is True"),
@@ -373,11 +380,11 @@ def test_a_huge_or_damaged_tokenizer_file_is_refused(tmp_path, monkeypatch):
         prepare_data.load_hf_tokenizer(tmp_path, "x")
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe:330", "bpe:330:gpt4", "x.tiktoken", "folder"])
+@pytest.mark.parametrize("kind", ["bytes", "bpe:330", "bpe:330:gpt4", "bpe:330:qwen", "x.tiktoken", "folder"])
 def test_an_exported_tokenizer_makes_the_same_ids(tmp_path, kind):
     encoding = prepare_data.load_tokenizer("bytes", tmp_path)
     if kind.startswith("bpe"):
-        pieces = prepare_data.regex.findall(prepare_data.pattern_of(kind), PROSE)
+        pieces = prepare_data.regex.findall(prepare_data.PATTERNS[prepare_data.pattern_name(kind)], PROSE)
         tokens = prepare_data.train_bpe(Counter(piece.encode() for piece in pieces), 330)
         encoding = prepare_data.make_tokenizer(tokens, kind)
     elif kind == "folder":
@@ -389,13 +396,14 @@ def test_an_exported_tokenizer_makes_the_same_ids(tmp_path, kind):
         encoding = prepare_data.load_tokenizer(str(tmp_path / kind), tmp_path)
     prepare_data.save_hf_tokenizer(encoding, tmp_path / "hf")
     texts = random_texts(2000)
-    wanted = [encoding.encode_ordinary(text) for text in texts]
+    wanted = [prepare_data.encode(encoding, text).tolist() for text in texts]
     assert their_ids(tmp_path / "hf", texts) == wanted
     assert prepare_data.same_tokens(prepare_data.load_tokenizer(str(tmp_path / "hf"), tmp_path), encoding)
     auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf")
     found = auto(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"]
     assert found == wanted and auto.eos_token_id == auto.bos_token_id == encoding.eot_token
-    assert [auto.decode(tokens) for tokens in wanted[:50]] == texts[:50]
+    plain = [unicodedata.normalize("NFC", text) if kind.endswith("qwen") else text for text in texts[:50]]
+    assert [auto.decode(tokens) for tokens in wanted[:50]] == plain
 
 
 def test_entries_that_merges_do_not_reach_cannot_be_exported(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run, tiny_run
+from conftest import KINDS, ROOT, run, tiny_run
 
 import config
 import prepare_data
@@ -23,9 +23,15 @@ from sample import KVCache, SampleConfig, choose, generate
 VOCAB, CONTEXT = 97, 24
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    return make_model(GPTConfig(vocab_size=VOCAB, block_size=CONTEXT, n_layer=2, n_head=2, n_embd=32))
+GROUPED = dict(n_kv_head=1, head_size=24, tie_embeddings=False)  # each query head has the same keys and values
+
+
+@pytest.fixture(scope="module", params=["gpt2", "qwen3"])
+def model(request) -> GPT:
+    shape = GROUPED if request.param == "qwen3" else {}
+    return make_model(
+        GPTConfig(request.param, vocab_size=VOCAB, block_size=CONTEXT, n_layer=2, n_head=2, n_embd=32, **shape)
+    )
 
 
 def make_model(shape: GPTConfig) -> GPT:
@@ -97,12 +103,12 @@ def test_cached_logits_equal_the_full_forward(model):
 @torch.no_grad()
 def test_the_cache_keeps_its_shape_and_hides_what_is_empty(model):
     cache = KVCache(model.config, 2, CONTEXT, torch.device("cpu"), torch.float32)
-    before = cache.layers[0].k.data_ptr()
+    before, shape = cache.layers[0].k.data_ptr(), (2, model.config.n_kv_head, CONTEXT, model.config.head_size)
     with cache.fill(torch.tensor([0, 1]), torch.tensor([0, 0])):
         model(torch.tensor([[1, 2, 3]]), cache=cache)
     cache.held.copy_(torch.tensor([3, 1]))
     model(torch.tensor([[4], [4]]), cache=cache)
-    assert cache.layers[0].k.data_ptr() == before and cache.layers[0].k.shape == (2, 2, CONTEXT, 16)
+    assert cache.layers[0].k.data_ptr() == before and cache.layers[0].k.shape == shape
     assert cache.held.tolist() == [4, 2]
     assert (cache.mask[:, 0, 0] == 0).tolist() == [[True] * 4 + [False] * 20, [True] * 2 + [False] * 22]
 
@@ -637,16 +643,17 @@ def test_what_cannot_be_scored_is_refused(trained, data_dir, tmp_path, capsys):
 # ---- Hugging Face
 
 
-@pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
-    """A Hugging Face folder of the tiny model."""
-    folder = tmp_path_factory.mktemp("hf") / "tiny"
-    sample.main(SampleConfig(out_dir=str(trained), export_hf=str(folder)))
-    return folder
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request, data_dir, tmp_path_factory):
+    """A Hugging Face folder of a tiny model, beside its run."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert tiny_run(data_dir, folder / "run", *KINDS[request.param]).returncode == 0
+    sample.main(SampleConfig(out_dir=str(folder), export_hf=str(folder / "hf")))
+    return folder / "hf"
 
 
 @torch.no_grad()
-def test_transformers_continues_an_export_the_same_way(trained, exported, capsys):
+def test_transformers_continues_an_export_the_same_way(exported, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
@@ -655,7 +662,7 @@ def test_transformers_continues_an_export_the_same_way(trained, exported, capsys
     found = theirs.generate(tokens, max_new_tokens=new, do_sample=False)[0, tokens.size(1) :]
     text = tokenizer.decode(found, skip_special_tokens=True)
     options = ["--prompt=Chapter é", "--temperature=0", f"--max_new_tokens={new}"]
-    assert speak(trained, capsys, *options).out == f"Chapter é{text}\n"
+    assert speak(exported.parent, capsys, *options).out == f"Chapter é{text}\n"
     assert speak(exported, capsys, f"--checkpoint={exported}", *options).out == f"Chapter é{text}\n"
 
 
@@ -687,8 +694,8 @@ def test_an_export_names_its_end_of_text_and_fits_its_tokenizer(exported, tmp_pa
         sample.main(SampleConfig(checkpoint=str(small)))
 
 
-def test_an_export_in_bfloat16_has_half_the_size_and_overwrites_nothing(trained, exported, tmp_path):
-    half = SampleConfig(out_dir=str(trained), export_hf=str(tmp_path / "half"), dtype="bfloat16")
+def test_an_export_in_bfloat16_has_half_the_size_and_overwrites_nothing(exported, tmp_path):
+    half = SampleConfig(out_dir=str(exported.parent), export_hf=str(tmp_path / "half"), dtype="bfloat16")
     sample.main(half)
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (exported, tmp_path / "half")]
     assert sizes[1] < 0.6 * sizes[0]
@@ -713,8 +720,9 @@ def test_a_folder_without_a_tokenizer_and_a_run_that_is_not_there(exported, tmp_
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_graph_equals_the_plain_forward(compiled):
-    model = make_model(GPTConfig(vocab_size=VOCAB, block_size=64, n_layer=2, n_head=2, n_embd=64)).cuda()
+@pytest.mark.parametrize("shape", [{}, GROUPED | dict(arch="qwen3")], ids=["gpt2", "qwen3"])
+def test_the_graph_equals_the_plain_forward(compiled, shape):
+    model = make_model(GPTConfig(vocab_size=VOCAB, block_size=64, n_layer=2, n_head=2, n_embd=64, **shape)).cuda()
     prompts = [[5, 6, 7], [9], list(range(40)), [5, 6, 7]]
     for options in (dict(temperature=0), dict(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01)):
         rows = decode(model, prompts, 100, samples=[0, 1, 2, 3], compile=compiled, **options)

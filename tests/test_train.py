@@ -2,15 +2,17 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, run, tiny_arguments, tiny_run
+from conftest import KINDS, ROOT, metrics, run, tiny_arguments, tiny_run
 from test_download import model_hub, serving
 from test_model import shard
 
@@ -101,21 +103,93 @@ def test_an_epoch_may_end_inside_a_batch():
 
 
 def test_learning_rate():
-    settings = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
-    rates = [train.learning_rate_at(step, settings) for step in range(111)]
-    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
-    assert rates[35] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:]))
+    settings = TrainConfig(learning_rate=2.0, min_lr=0.2, warmup_steps=10, max_steps=110)
+    shares = [train.schedule(step, settings) for step in range(111)]
+    assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert shares[10] == 1.0 and shares[60] == pytest.approx(0.55) and shares[110] == pytest.approx(0.1)
+    assert shares[35] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert all(later < earlier for earlier, later in zip(shares[10:], shares[11:]))
 
 
-def test_matrices_and_embeddings_decay_and_vectors_do_not():
-    model = GPT(GPTConfig(vocab_size=97, block_size=8, n_layer=2, n_head=2, n_embd=16))
-    optimizer = train.make_optimizer(model, TrainConfig(weight_decay=0.3, beta1=0.8, beta2=0.9))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+@pytest.mark.parametrize("decay, quarter", [("linear", 0.775), ("cosine", 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)])
+def test_the_learning_rate_stays_at_its_peak_until_it_falls(decay, quarter):
+    settings = TrainConfig(learning_rate=2.0, min_lr=0.2, warmup_steps=10, max_steps=110, decay=decay, decay_steps=40)
+    shares = [train.schedule(step, settings) for step in range(111)]
+    assert shares[9:71] == [1.0] * 62 and shares[80] == pytest.approx(quarter) and shares[110] == pytest.approx(0.1)
+    longer = replace(settings, max_steps=1110)
+    assert [train.schedule(step, longer) for step in range(71)] == shares[:71]  # so a run can go on from a plateau
+
+
+@pytest.mark.parametrize("muon_learning_rate, wanted", [(0.0, 1.0), (3.0, 1.5)])
+def test_each_optimizer_has_its_learning_rate(muon_learning_rate, wanted):
+    settings = TrainConfig(optimizer="muon", learning_rate=2.0, warmup_steps=4, muon_learning_rate=muon_learning_rate)
+    optimizers = train.make_optimizers(small_model("qwen3"), settings, ALONE)
+    run = train.Run(settings, ALONE, None, None, optimizers)
+    assert train.set_learning_rates(run, 1) == 1.0
+    assert [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers] == [{1.0}, {wanted}]
+
+
+ALONE = train.Ranks(0, 1, torch.device("cpu"))
+
+
+def small_model(arch: str) -> GPT:
+    shape = dict(n_kv_head=1, tie_embeddings=False) if arch == "qwen3" else {}
+    return GPT(GPTConfig(arch=arch, vocab_size=97, block_size=8, n_layer=2, n_head=2, n_embd=16, **shape))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_weight_has_one_optimizer_and_matrices_decay(arch, kind):
+    model, settings = small_model(arch), TrainConfig(optimizer=kind, weight_decay=0.3, beta1=0.8, beta2=0.9)
+    optimizers = train.make_optimizers(model, settings, ALONE)
+    groups = [(type(optimizer).__name__, group) for optimizer in optimizers for group in optimizer.param_groups]
+    found = [(id(p), (name, group["weight_decay"])) for name, group in groups for p in group["params"]]
+    decay = dict(found)
+    assert len(decay) == len(found)
     for name, parameter in model.named_parameters():
-        assert decay.pop(id(parameter)) == (0.3 if parameter.dim() == 2 else 0.0), name
-    assert not decay and optimizer.defaults["betas"] == (0.8, 0.9)
+        muon = kind == "muon" and name.startswith("h.") and parameter.dim() == 2
+        wanted = ("Muon" if muon else "AdamW", 0.3 if parameter.dim() == 2 else 0.0)
+        assert decay.pop(id(parameter)) == wanted, name
+    assert not decay and optimizers[0].defaults["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6), (2, 7, 7)])
+def test_orthogonalizing_is_a_polynomial_of_the_singular_values(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrices / matrices.norm(dim=(1, 2), keepdim=True), full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert torch.allclose(train.orthogonalize(matrices), left * values[:, None] @ right)
+    assert not train.orthogonalize(torch.zeros(shape)).any()
+
+
+@pytest.mark.gpu
+def test_orthogonalizing_on_a_gpu_is_close_to_that_in_fp32():
+    matrices = torch.randn(5, 64, 96)
+    close, wanted = train.orthogonalize(matrices.cuda()), train.orthogonalize(matrices)
+    assert close.dtype == torch.bfloat16 and (close.float().cpu() - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_muon_is_the_muon_of_torch(arch, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # theirs computes in it everywhere
+    model, settings = small_model(arch), TrainConfig(weight_decay=0.3, muon_momentum=0.9)
+    ours, copies = train.Muon(model, settings, ALONE), []
+    for weight, rows in model.matrices():  # theirs gets each matrix as a parameter of its own
+        copies.append([torch.nn.Parameter(part.clone()) for part in weight.detach().split(rows)])
+    flat = [copy for parts in copies for copy in parts]
+    theirs = torch.optim.Muon(flat, lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    ours.param_groups[0]["lr"] = 0.1
+    for _ in range(4):
+        for (weight, rows), parts in zip(model.matrices(), copies):
+            weight.grad = torch.randn_like(weight)
+            for part, gradient in zip(parts, weight.grad.split(rows)):
+                part.grad = gradient.clone()
+        ours.step()
+        theirs.step()
+    for (weight, _), parts in zip(model.matrices(), copies):
+        assert torch.allclose(weight, torch.cat(list(parts)), atol=1e-5)
 
 
 def test_a_step_is_the_one_of_the_plain_optimizer(data_dir, tmp_path):
@@ -154,7 +228,7 @@ def test_a_run_learns_and_leaves_what_it_promises(finished):
     evals = metrics(out_dir, "step", "val_loss", "bits_per_byte")
     assert [step for step, _, _ in evals] == [4, 8, 12]
     best = checkpoint.load(out_dir / "best.pt")
-    assert best["val_loss"] == min(loss for _, loss, _ in evals) and "optimizer" not in best
+    assert best["val_loss"] == min(loss for _, loss, _ in evals) and "optimizers" not in best
     val_loss, bits = evals[-1][1:]
     for text in (
         f"validation loss {val_loss:.4f}",
@@ -237,8 +311,9 @@ def interrupt(data_dir, out_dir, number: int, at_step: int, *options) -> int:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signals")
-def test_a_run_stopped_and_killed_and_resumed_equals_an_uninterrupted_one(data_dir, tmp_path):
-    options = ["--dropout=0.2", "--max_steps=120", "--checkpoint_interval=7", "--eval_interval=20"]
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_a_run_stopped_and_killed_and_resumed_equals_an_uninterrupted_one(data_dir, tmp_path, kind):
+    options = [*KINDS[kind], "--dropout=0.2", "--max_steps=120", "--checkpoint_interval=7", "--eval_interval=20"]
     assert tiny_run(data_dir, tmp_path / "whole", *options).returncode == 0
     out_dir = tmp_path / "parts"
     assert interrupt(data_dir, out_dir, signal.SIGTERM, 25, *options) == 0
@@ -251,7 +326,7 @@ def test_a_run_stopped_and_killed_and_resumed_equals_an_uninterrupted_one(data_d
     for name in ("latest.pt", "best.pt"):
         whole, parts = (checkpoint.load(folder / name) for folder in (tmp_path / "whole", out_dir))
         assert same(whole["model"], parts["model"]) and whole["step"] == parts["step"]
-    moments = [checkpoint.load(folder / "latest.pt")["optimizer"] for folder in (tmp_path / "whole", out_dir)]
+    moments = [checkpoint.load(folder / "latest.pt")["optimizers"] for folder in (tmp_path / "whole", out_dir)]
     assert checkpoint.checksum(moments[0]) == checkpoint.checksum(moments[1])
     for keys in (("step", "loss", "grad_norm", "learning_rate"), ("step", "val_loss", "bits_per_byte")):
         assert metrics(tmp_path / "whole", *keys) == metrics(out_dir, *keys)
@@ -264,9 +339,12 @@ def test_dropout_is_there_and_depends_on_the_seed_and_the_step(finished, data_di
     assert metrics(tmp_path / "none", "loss") != with_dropout == metrics(tmp_path / "again", "loss")
 
 
-def test_activation_checkpointing_trains_the_same(finished, data_dir, tmp_path):
-    assert tiny_run(data_dir, tmp_path / "run", "--dropout=0.2", "--activation_checkpointing=True").returncode == 0
-    assert same(weights(finished[0]), weights(tmp_path / "run"))
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_activation_checkpointing_trains_the_same(data_dir, tmp_path, kind):
+    for name in ("False", "True"):
+        options = [*KINDS[kind], "--dropout=0.2", f"--activation_checkpointing={name}"]
+        assert tiny_run(data_dir, tmp_path / name, *options).returncode == 0
+    assert same(weights(tmp_path / "False"), weights(tmp_path / "True"))
 
 
 def test_the_micro_batch_changes_only_rounding(finished, data_dir, tmp_path):
@@ -382,6 +460,10 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
         ([], "holds a run already"),
         (["--init_from=resume", "--n_embd=32"], "n_embd (was 16, now 32)"),
         (["--init_from=resume", "--beta2=0.5"], "beta2 (was 0.95, now 0.5)"),
+        (
+            ["--init_from=resume", "--arch=qwen3", "--optimizer=muon"],
+            "arch (was gpt2, now qwen3), optimizer (was adamw",
+        ),
         (["--init_from=resume", "--max_steps=11"], "is at step 12 already; max_steps is 11"),
         (["--init_from=resume", "--seed=3", "--batch_tokens=512"], "batch_tokens (was 256, now 512), seed (was 1337"),
     ):
@@ -408,6 +490,16 @@ def test_a_finished_run_can_be_taken_further(data_dir, tmp_path):
     assert [step for step, _ in metrics(tmp_path / "run", "step", "loss")] == list(range(1, 15))
 
 
+def test_a_run_on_the_plateau_can_be_cooled_down(data_dir, tmp_path):
+    cooled = ["--decay=linear", "--decay_steps=4"]
+    assert tiny_run(data_dir, tmp_path / "whole", *cooled).returncode == 0
+    assert tiny_run(data_dir, tmp_path / "plateau", "--max_steps=8", "--min_lr=1e-2").returncode == 0
+    shutil.copytree(tmp_path / "plateau", tmp_path / "branch")
+    assert tiny_run(data_dir, tmp_path / "branch", *cooled, "--init_from=resume").returncode == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "branch"))
+    assert metrics(tmp_path / "whole", "step", "loss") == metrics(tmp_path / "branch", "step", "loss")
+
+
 def test_what_was_found_automatically_stays_so(data_dir, tmp_path, monkeypatch):
     options = ["--dtype=auto", "--micro_batch_size=0", "--checkpoint_interval=4", "--max_steps=4"]
     monkeypatch.setattr(train, "fast_in_bfloat16", lambda device: True)
@@ -427,14 +519,15 @@ def test_bf16_follows_fp32(data_dir, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_as_the_cpu_does(data_dir, tmp_path):
-    assert tiny_run(data_dir, tmp_path / "cpu").returncode == 0
+@pytest.mark.parametrize("kind, close", [("gpt2", 1e-3), ("qwen3", 0.03)])  # Muon computes in bfloat16 on a GPU
+def test_a_gpu_trains_as_the_cpu_does(data_dir, tmp_path, kind, close):
+    assert tiny_run(data_dir, tmp_path / "cpu", *KINDS[kind]).returncode == 0
     for name, options, tolerance in (
-        ("plain", ["--dtype=float32", "--compile=off"], 1e-3),
-        ("compiled", ["--dtype=float32", "--compile=on"], 1e-3),
+        ("plain", ["--dtype=float32", "--compile=off"], close),
+        ("compiled", ["--dtype=float32", "--compile=on"], close),
         ("auto", ["--dtype=auto", "--compile=auto"], 0.05),
     ):
-        result = tiny_run(data_dir, tmp_path / name, "--device=auto", *options)
+        result = tiny_run(data_dir, tmp_path / name, *KINDS[kind], "--device=auto", *options)
         assert result.returncode == 0, result.stderr
         assert ("compiling" in result.stdout) == (name != "plain") and ("in bfloat16" in result.stdout) == (
             name == "auto"
