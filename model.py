@@ -36,8 +36,8 @@ class GPTConfig:
     bias: bool = True  # in gpt2's linear layers and layer norms
     n_kv_head: int = 0  # heads of keys and values, each for n_head / n_kv_head queries; 0 = n_head
     head_size: int = 0  # 0 = n_embd / n_head
-    intermediate_size: int = 0  # width of the MLP; 0 = 8/3 n_embd, with which it has as many weights as gpt2's
-    rope_theta: float = 10000.0  # the slowest pair of a head turns by 1 / rope_theta a token
+    intermediate_size: int = 0  # width of the MLP; 0 = 8/3 n_embd or a little more: about as many weights as gpt2's
+    rope_theta: float = 10000.0  # pair i of a head turns by rope_theta ** (-2 i / head_size) a token
     tie_embeddings: bool = True  # the head has the weights of wte, as in gpt2
 
     def __post_init__(self):
@@ -56,6 +56,8 @@ class GPTConfig:
             raise ValueError("n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only")
         if self.head_size % 2 and self.arch == "qwen3":
             raise ValueError(f"head_size {self.head_size} is odd, and rotary positions turn pairs")
+        if not 1 <= self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta is {self.rope_theta} and must be at least 1")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -63,10 +65,11 @@ class GPTConfig:
         return math.ceil(self.vocab_size / 64) * 64
 
     @property
-    def rows(self) -> dict[str, list[int]]:
-        """The rows of each matrix in the weights that hold several, one above the other."""
+    def stacked(self) -> dict[str, list[int]]:
+        """How many rows each matrix has in the weights that stack several: in c_attn query, key and value."""
         query, key = self.n_head * self.head_size, self.n_kv_head * self.head_size
-        return {"c_attn": [query, key, key]} | ({"c_fc": [self.intermediate_size] * 2} if self.arch == "qwen3" else {})
+        gates = {"c_fc": [self.intermediate_size] * 2} if self.arch == "qwen3" else {}
+        return {"c_attn": [query, key, key]} | gates
 
 
 def attend(q, k, v, dropout, cache=None):
@@ -77,7 +80,7 @@ def attend(q, k, v, dropout, cache=None):
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), and (B, K, T, D) twice
     if cache is not None:
         k, v = cache.append(k, v)  # (B, K, S, D)
-    mask = None if cache is None else cache.mask  # None: each token sees itself and what comes before it
+    mask = None if cache is None else cache.mask  # None: each token sees itself and what comes before it, and T = S
     is_grouped = k.size(1) != q.size(1)
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=is_grouped)
     return y.transpose(1, 2).flatten(2)  # the heads side by side again
@@ -87,7 +90,7 @@ def attend(q, k, v, dropout, cache=None):
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention with as many keys and values as queries, which know of positions only what the stream says."""
+    """Multi-head attention; where a token stands was added to the stream."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -96,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation=None, cache=None):
+    def forward(self, x, rotation=None, cache=None):  # rotation: only GroupedQueryAttention has one
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head) for y in self.c_attn(x).split(C, dim=2))
         y = attend(q, k, v, self.dropout if self.training else 0.0, cache)
@@ -127,7 +130,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return (self.weight * F.rms_norm(x.float(), self.weight.shape, eps=1e-6)).type_as(x)
+        return (F.rms_norm(x.float(), self.weight.shape, eps=1e-6) * self.weight).type_as(x)  # weight may be bfloat16
 
 
 def rotation_tables(config: GPTConfig):
@@ -148,7 +151,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.rows, self.head_size, self.dropout = config.rows["c_attn"], config.head_size, config.dropout
+        self.rows, self.head_size, self.dropout = config.stacked["c_attn"], config.head_size, config.dropout
         self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=False)  # query, key and value in one
         self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)  # Dehghani et al. 2023
         self.c_proj = nn.Linear(self.rows[0], config.n_embd, bias=False)
@@ -234,15 +237,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-            elif ".ln_" in f".{name}" or "_norm." in name:
+            elif "ln_" in name or "_norm." in name:
                 nn.init.ones_(parameter)
             else:
                 raise ValueError(f"{name} has no initialiser")
 
     def matrices(self) -> list[tuple[nn.Parameter, list[int]]]:
-        """The matrices of the blocks, each with the rows of those that lie in it one above the other."""
+        """The weights of the blocks that multiply, each with the rows of the matrices stacked in it."""
         weights = [(name.split(".")[-2], weight) for name, weight in self.h.named_parameters() if weight.dim() == 2]
-        return [(weight, self.config.rows.get(name, [len(weight)])) for name, weight in weights]
+        return [(weight, self.config.stacked.get(name, [len(weight)])) for name, weight in weights]
 
     def forward(self, tokens, targets=None, cache=None, reduction="mean"):
         """Score each next token.
@@ -262,7 +265,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
-            rotation = self.cos[positions], self.sin[positions]  # (T, 1, D / 2)
+            rotation = self.cos[positions], self.sin[positions]  # (T, 1, D / 2), or (B, 1, 1, D / 2) with a cache
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -279,8 +282,8 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(targets)
 
-    def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token: 6 N + 12 L H D T, Chowdhery et al. 2022 (PaLM), appendix B.
+    def flops_per_token(self, T: int) -> int:
+        """Floating-point operations to train on one of T tokens: 6 N + 12 L H D T, Chowdhery et al. 2022, appendix B.
 
         N leaves out embeddings that are only looked up. Activation checkpointing's second forward is not counted: it is
         the price, not the work.
@@ -288,7 +291,7 @@ class GPT(nn.Module):
         config = self.config
         looked_up = ([self.wpe] if self.wpe is not None else []) + ([] if config.tie_embeddings else [self.wte])
         parameters = sum(p.numel() for p in self.parameters()) - sum(table.weight.numel() for table in looked_up)
-        return 6 * parameters + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+        return 6 * parameters + 12 * config.n_layer * config.n_head * config.head_size * T
 
 
 class WithoutInit(TorchFunctionMode):
@@ -311,7 +314,7 @@ def empty_model(config: GPTConfig) -> GPT:
 # linear layers of a block as (in, out), where ours are (out, in), and always has biases.
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-QWEN3_NAMES = {  # ours and theirs, several where they lie one above the other in ours
+QWEN3_NAMES = {  # ours and theirs, several where ours stacks them
     "wte": ["model.embed_tokens"],
     "ln_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -404,7 +407,7 @@ def in_hf_layout(model: GPT) -> dict[str, torch.Tensor]:
         return {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
     for name, weight in weights.items():
         layer, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
-        pieces = weight.split(model.config.rows.get(part.split(".")[-1], len(weight)))
+        pieces = weight.split(model.config.stacked.get(part.split(".")[-1], len(weight)))
         for theirs, piece in zip(QWEN3_NAMES[part], pieces):
             found[f"{f'model.layers.{layer}.' if layer else ''}{theirs}.weight"] = piece
     return found
@@ -413,20 +416,23 @@ def in_hf_layout(model: GPT) -> dict[str, torch.Tensor]:
 def read_config(folder: Path, dropout: float) -> GPTConfig:
     """The shape in a folder's config.json. Raises ValueError where it is of another architecture."""
     facts = read_json(folder / "config.json")
-    arch = facts.get("model_type", "gpt2")
+    arch = str(facts.get("model_type", "gpt2"))
     if arch not in ARCHITECTURES:
         raise ValueError(f"model_type is {arch!r}, and only {' and '.join(ARCHITECTURES)} are known here")
     for name, value in FIXED[arch].items():
         if name != "architectures" and facts.get(name, value) != value:
             raise ValueError(f"{name} is {facts[name]!r}, and only {arch}'s {value!r} is known here")
     shape = {name: facts.get(theirs) for name, theirs in SHAPE[arch].items()}
-    if not all(isinstance(value, int) and value > 0 for value in shape.values()):
+    if not all(type(value) is int and value > 0 for value in shape.values()):
         raise ValueError(f"config.json gives no whole shape: {shape}")
     if arch == "qwen3":
         rope = facts.get("rope_parameters") or {"rope_theta": facts.get("rope_theta")}  # of transformers 5; before
-        if rope.get("rope_type", "default") != "default" or not isinstance(rope.get("rope_theta"), (int, float)):
+        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+        if rope not in ({"rope_theta": theta}, {"rope_theta": theta, "rope_type": "default"}):
             raise ValueError(f"the rotary positions are {rope}, and only those of rope_type 'default' are known here")
-        shape |= {"rope_theta": float(rope["rope_theta"]), "tie_embeddings": bool(facts.get("tie_word_embeddings"))}
+        if type(theta) not in (int, float) or type(facts.get("tie_word_embeddings", False)) is not bool:
+            raise ValueError(f"rope_theta is {theta!r}, tie_word_embeddings {facts.get('tie_word_embeddings')!r}")
+        shape |= {"rope_theta": theta, "tie_embeddings": facts.get("tie_word_embeddings", False)}
     return GPTConfig(arch=arch, dropout=dropout, **shape)
 
 

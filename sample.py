@@ -38,7 +38,7 @@ class SampleConfig:
     top_p, min_p.
     """
 
-    checkpoint: str = ""  # a .pt file, a run's folder, a GPT-2 (gpt2, a folder, OWNER/NAME); "" = the newest run
+    checkpoint: str = ""  # a .pt file, a run's folder, a model (gpt2, a folder, OWNER/NAME); "" = the newest run
     out_dir: str = "out"  # the folder that runs stand in
     prompt: str = ""  # the text to continue; "" = the start of a document
     prompts: str = ""  # a file of prompts instead: a line each, or .jsonl with "prompt" and, if you like, "id"
@@ -542,7 +542,7 @@ def score(model: GPT, documents: Iterable[tuple[str, np.ndarray, int]], settings
     stride = min(settings.stride or max(1, context // 2), context)
     is_compiled = settings.compile and device.type == "cuda"
     forward = torch.compile(model, dynamic=False) if is_compiled else model
-    batch_tokens = max(context, SCORED_TOKENS.get(device.type, 1 << 11))
+    batch_tokens = SCORED_TOKENS.get(device.type, 1 << 11)
     scores = []
 
     def windows() -> Iterator[tuple[Score, np.ndarray, np.ndarray]]:
@@ -552,13 +552,14 @@ def score(model: GPT, documents: Iterable[tuple[str, np.ndarray, int]], settings
                 yield from ((scores[-1], *window) for window in windows_of(tokens, context, stride))
 
     stream = windows()
-    while waiting := list(islice(stream, 64 * batch_tokens // context)):
+    while waiting := list(islice(stream, max(1, 64 * batch_tokens // context))):
         waiting.sort(key=lambda window: -len(window[1]))  # so that those of a batch are about as long
         sums, done = [], 0
         while done < len(waiting):
             length = context if is_compiled else len(waiting[done][1])
-            some = waiting[done : done + batch_tokens // length]
-            tokens = np.zeros((batch_tokens // length if is_compiled else len(some), length), dtype=np.int64)
+            rows = max(1, batch_tokens // length)
+            some = waiting[done : done + rows]
+            tokens = np.zeros((rows if is_compiled else len(some), length), dtype=np.int64)
             targets = np.full(tokens.shape, -1)
             for row, (_, row_tokens, row_targets) in enumerate(some):
                 tokens[row, : len(row_tokens)], targets[row, : len(row_targets)] = row_tokens, row_targets
@@ -660,7 +661,7 @@ def open_model(settings: SampleConfig) -> tuple[GPT, tiktoken.Encoding]:
     try:
         model = load_hf(folder)
     except (OSError, ValueError) as error:
-        raise Failure(f"{name} is no GPT-2 that can be read: {error}") from None
+        raise Failure(f"{name} is no model that can be read: {error}") from None
     print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters", file=sys.stderr)
     return model, prepare_data.load_hf_tokenizer(folder, name)
 

@@ -36,7 +36,7 @@ class TrainConfig:
     """Train a GPT on a dataset of data/ and keep it in a folder of out/. The defaults are GPT-2 124M's."""
 
     out_dir: str = "out/run"  # the run's folder: checkpoints, metrics.jsonl, loss.png
-    init_from: str = "scratch"  # scratch, resume, or a GPT-2, which brings its shape: gpt2, a folder, OWNER/NAME (Hub)
+    init_from: str = "scratch"  # scratch, resume, or a model, which brings its shape: gpt2, a folder, OWNER/NAME (Hub)
     overwrite: bool = False  # start anew although out_dir holds a run, and lose that
     seed: int = 1337  # of the first weights, the order of the data, and dropout
     dataset: str = "stdlib"  # a folder in data_dir; stdlib and shakespeare are prepared when missing
@@ -51,14 +51,14 @@ class TrainConfig:
     bias: bool = True  # gpt2: in linear layers and layer norms
     n_kv_head: int = 0  # qwen3: heads of keys and values a block, each for several of queries; 0 = n_head
     head_size: int = 0  # qwen3: width of a head; 0 = n_embd / n_head
-    intermediate_size: int = 0  # qwen3: width of the MLP; 0 = 8/3 of n_embd
-    rope_theta: float = 10000.0  # qwen3: the slowest pair of a head turns by 1 / rope_theta a token
+    intermediate_size: int = 0  # qwen3: width of the MLP; 0 = 8/3 of n_embd, up to a multiple of 64
+    rope_theta: float = 10000.0  # qwen3: pair i of a head turns by rope_theta ** (-2 i / head_size) a token
     tie_embeddings: bool = True  # the head has the weights of the token embeddings; gpt2 always
     batch_tokens: int = 512 * 1024  # tokens an optimizer step sees, over all ranks
     micro_batch_size: int = 0  # sequences a device holds at once; 0 = as many as fit, found by trying
     max_steps: int = 19073  # optimizer steps; 19,073 of 0.5M tokens are 10B
     learning_rate: float = 6e-4  # its peak, after warm-up
-    min_lr: float = 6e-5  # where the decay ends
+    min_lr: float = 6e-5  # where the decay ends; Muon's rate falls in proportion
     warmup_steps: int = 700  # linear, up to learning_rate
     decay: str = "cosine"  # how the learning rate falls: cosine or linear
     decay_steps: int = 0  # over so many last steps, and before them it stays at its peak; 0 = from warm-up on
@@ -108,6 +108,7 @@ class TrainConfig:
             raise ValueError(
                 f"init_from {self.init_from!r} is not scratch, resume, a folder, {known}, or OWNER/NAME on the Hub"
             )
+        # what follows on the shape GPTConfig checks too; here it comes before torch is loaded
         chosen = (self.n_kv_head, self.head_size, self.intermediate_size, not self.tie_embeddings)
         if self.arch == "gpt2" and any(chosen):
             raise ValueError("n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only")
@@ -231,10 +232,11 @@ def to_device(windows: np.ndarray, device: torch.device):
 
 @torch.no_grad()
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Bring all singular values of each of the matrices (N, R, C) near 1 and leave their directions as they are.
+    """Bring the singular values of each of the matrices (N, R, C) near 1 and leave their directions as they are.
 
-    Five steps of a Newton-Schulz iteration, in bfloat16 where the device has it: Jordan et al. 2024, "Muon", with the
-    coefficients found there. The values end between 0.7 and 1.2, which does as well as 1.
+    Five steps of a Newton-Schulz iteration, in bfloat16 on a GPU: Jordan et al. 2024, "Muon", with the coefficients
+    found there. The values end between 0.7 and 1.2, which does as well as 1; those below a thousandth of the matrix's
+    norm end lower.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.mT if x.size(1) > x.size(2) else x
@@ -253,9 +255,10 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, model: GPT, settings: TrainConfig, ranks: "Ranks"):
-        weights, self.rows = zip(*model.matrices())
+        weights, self.rows = zip(*model.matrices())  # the rows of the matrices that a weight stacks
         self.ranks = ranks
-        super().__init__(weights, dict(lr=0.0, momentum=settings.muon_momentum, weight_decay=settings.weight_decay))
+        defaults = dict(lr=0.0, momentum=settings.muon_momentum, weight_decay=settings.weight_decay)  # lr: by the loop
+        super().__init__(weights, defaults)
 
     @torch.no_grad()
     def step(self):
@@ -269,29 +272,28 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(moments, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, moments, momentum)  # Nesterov's: a look ahead
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        alike = defaultdict(list)  # by shape: query, key and value are matrices of their own
+        alike = defaultdict(list)  # matrices by shape; query, key and value are matrices of their own
         for weight, update, rows in zip(weights, updates, self.rows):
-            for part, direction in zip(weight.split(rows), update.split(rows)):
-                alike[part.shape].append((part, direction))
+            for pair in zip(weight.split(rows), update.split(rows)):
+                alike[pair[0].shape].append(pair)
         for shape, pairs in alike.items():
-            parts, directions = zip(*pairs)
-            directions = self.ranks.share_out(orthogonalize, torch.stack(directions)).to(parts[0].dtype)
-            torch._foreach_add_(parts, directions.unbind(), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+            matrices, directions = zip(*pairs)
+            turned = self.ranks.share_out(orthogonalize, torch.stack(directions)).to(matrices[0].dtype)
+            size = 0.2 * math.sqrt(max(shape))  # the root mean square of an orthogonal matrix is 1 / sqrt(max(shape))
+            torch._foreach_add_(matrices, turned.unbind(), alpha=-lr * size)
 
 
 def make_optimizers(model: GPT, settings: TrainConfig, ranks: "Ranks") -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019) and, where asked for, Muon for the blocks' matrices. Vectors do not decay."""
-    optimizers, parameters = [], list(model.parameters())
-    if settings.optimizer == "muon":
-        optimizers.append(Muon(model, settings, ranks))
-        taken = {id(weight) for weight, _ in model.matrices()}
-        parameters = [p for p in parameters if id(p) not in taken]
+    muon = [Muon(model, settings, ranks)] if settings.optimizer == "muon" else []
+    taken = {id(weight) for optimizer in muon for weight in optimizer.param_groups[0]["params"]}
+    parameters = [p for p in model.parameters() if id(p) not in taken]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (settings.beta1, settings.beta2)
-    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True), *optimizers]
+    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True), *muon]
 
 
 def schedule(step: int, settings: TrainConfig) -> float:
@@ -304,7 +306,7 @@ def schedule(step: int, settings: TrainConfig) -> float:
     decay_steps = settings.decay_steps or settings.max_steps - settings.warmup_steps
     progress = max(0.0, 1 - (settings.max_steps - step) / max(1, decay_steps))
     height = (1 + math.cos(math.pi * progress)) / 2 if settings.decay == "cosine" else 1 - progress
-    lowest = settings.min_lr / (settings.learning_rate or 1.0)
+    lowest = settings.min_lr / (settings.learning_rate or 1.0)  # both may be 0
     return lowest + (1 - lowest) * height
 
 
@@ -312,9 +314,9 @@ def set_learning_rates(run: "Run", step: int) -> float:
     """Give each optimizer its learning rate for a step; return AdamW's."""
     settings, share = run.settings, schedule(step, run.settings)
     for optimizer in run.optimizers:
-        is_muon = isinstance(optimizer, Muon) and settings.muon_learning_rate
+        peak = (isinstance(optimizer, Muon) and settings.muon_learning_rate) or settings.learning_rate
         for group in optimizer.param_groups:
-            group["lr"] = share * (settings.muon_learning_rate if is_muon else settings.learning_rate)
+            group["lr"] = share * peak
     return share * settings.learning_rate
 
 
@@ -348,7 +350,7 @@ class Ranks:
         return self.least(not flag) == 0
 
     def share_out(self, function, batch: torch.Tensor) -> torch.Tensor:
-        """function(batch), of which each rank computes the part for its share of the rows."""
+        """function(batch), of which each rank computes its share of the batch."""
         if self.world_size == 1:
             return function(batch)
         count = math.ceil(len(batch) / self.world_size)
@@ -611,7 +613,7 @@ def fetched_model(settings: TrainConfig, dataset: prepare_data.Dataset) -> GPT:
     try:
         model = load_hf(folder, dropout=settings.dropout)
     except (OSError, ValueError) as error:
-        raise Failure(f"init_from {name} is no GPT-2 that can be read: {error}") from None
+        raise Failure(f"init_from {name} is no model that can be read: {error}") from None
     if model.config.vocab_size < encoding.n_vocab or model.config.block_size < settings.block_size:
         raise Failure(
             f"{name} has {model.config.vocab_size} tokens and contexts of {model.config.block_size}; "
@@ -623,6 +625,8 @@ def fetched_model(settings: TrainConfig, dataset: prepare_data.Dataset) -> GPT:
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: prepare_data.Dataset) -> Run:
     """The run at its first step, or where its checkpoint left it."""
     saved = checkpoint.load(Path(settings.out_dir) / "latest.pt") if settings.init_from == "resume" else None
+    if saved and "optimizers" not in saved:
+        raise Failure(f"{settings.out_dir} was written by an older version, and only sample.py still reads it")
     if saved:
         check_same_run(saved, settings, dataset)
     settings = resolve_auto(settings, ranks, saved)
@@ -647,9 +651,11 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: prepare_data.Dat
     """The rules of resume.
 
     1. The model, the data and their order are the run's own: whatever shapes them must be as it was.
-    2. Weights, AdamW's moments, the step and the best loss come from latest.pt; the order of the data and dropout
-       follow from the seed and the step. So on the same machine the run goes on bit for bit as if it never stopped.
-    3. How fast and how long it goes on is free: max_steps, learning rate, micro_batch_size, ranks, dtype, intervals.
+    2. Weights, the optimizers' moments, the step and the best loss come from latest.pt; the order of the data and
+       dropout follow from the seed and the step. So on the same machine the run goes on bit for bit as if it never
+       stopped.
+    3. How fast and how long it goes on is free: max_steps, learning rates and their schedule, micro_batch_size, ranks,
+       dtype, intervals.
        Whatever of these is auto, or 0, stays what it was found to be.
     """
     same = "arch n_layer n_head n_embd block_size dropout bias n_kv_head head_size intermediate_size rope_theta "
@@ -792,6 +798,7 @@ class Meter:
 
     def __init__(self, run: Run):
         self.run, self.peak = run, peak_flops(run.settings)
+        self.flops_per_token = run.model.flops_per_token(run.settings.block_size)
         self.first_step = self.first_time = self.last_step = self.last_time = None
 
     def pause(self, seconds: float):
@@ -810,7 +817,7 @@ class Meter:
             record["tokens_per_second"] = speed
             parts.append(f"{speed:,.0f} tokens/s")
             if self.peak:
-                record["share_of_peak"] = speed * run.model.flops_per_token() / (self.peak * run.ranks.world_size)
+                record["share_of_peak"] = speed * self.flops_per_token / (self.peak * run.ranks.world_size)
                 parts.append(f"{record['share_of_peak']:.1%} of peak")
             left = (now - self.first_time) / (run.step - self.first_step) * (max_steps - run.step)
             parts.append(f"{timedelta(seconds=round(left))} left")
@@ -873,8 +880,9 @@ def train(run: Run) -> bool:
 def introduce(run: Run):
     settings, dataset = run.settings, run.dataset
     parameters = sum(p.numel() for p in run.model.parameters())
+    flops = run.model.flops_per_token(settings.block_size)
     run.say(
-        f"model: {parameters / 1e6:.1f}M parameters, {run.model.flops_per_token() / 1e6:,.0f} MFLOP a token\n"
+        f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP a token\n"
         f"data: {dataset.train.tokens():,} training tokens of {settings.dataset}; "
         f"{settings.max_steps:,} steps of {settings.batch_tokens:,} are "
         f"{settings.max_steps * settings.batch_tokens / dataset.train.tokens():.2f} epochs\n"

@@ -27,7 +27,7 @@ import config
 import prepare_data
 import sample
 import train
-from model import GPT, GPTConfig
+from model import GPT
 
 RUNS = 5
 
@@ -93,9 +93,9 @@ def bench_decoding(model: GPT, settings: BenchConfig, device: torch.device, rows
     show(f"  until the first {burst} columns (first time {first[1] - first[0]:.1f} s)", begins, "s")
     taken = [(moments[-1] - moments[1]) * settings.new_tokens / (settings.new_tokens - burst) for moments in runs]
     shape, dtype = model.config, model.wte.weight.dtype
-    weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    weights = model.flops_per_token(0) // 6  # all but those that are only looked up
     places = sum(min(16 + step, shape.block_size) for step in range(settings.new_tokens)) / settings.new_tokens
-    read = (weights + rows * places * 2 * shape.n_layer * shape.n_embd) * dtype.itemsize
+    read = (weights + rows * places * 2 * shape.n_layer * shape.n_kv_head * shape.head_size) * dtype.itemsize
     limit = bandwidth(device)
     show(
         f"  of {limit / 1e12:.3f} TB/s, {read / 1e6:,.0f} MB a step",
@@ -166,8 +166,7 @@ def bench_scoring(model: GPT, settings: BenchConfig, device: torch.device):
 
 def main(settings: BenchConfig):
     device = config.find_device(settings.device)
-    shape = dict(n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd, bias=settings.bias)
-    model = GPT(GPTConfig(settings.vocab_size, settings.block_size, **shape)).eval()
+    model = GPT(train.model_config(settings, settings.vocab_size)).eval()
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.0f}M parameters, {settings.new_tokens} new tokens, torch {torch.__version__}, {name}")

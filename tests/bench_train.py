@@ -6,6 +6,7 @@ Takes the settings of train.py. Prints the time to the first step, then the medi
 up with the fastest and slowest, tokens/s, and the share of a large matrix product's rate, measured here too.
 """
 
+import math
 import statistics
 import sys
 import time
@@ -64,7 +65,7 @@ def main(settings: train.TrainConfig):
             with train.autocast(settings):
                 loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()) / micro_steps
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         wait(device)
         for optimizer in optimizers:
             update_started = time.perf_counter()
@@ -73,6 +74,7 @@ def main(settings: train.TrainConfig):
             updates[type(optimizer).__name__].append(time.perf_counter() - update_started)
         model.zero_grad()
         seconds.append(time.perf_counter() - started)
+    flops = model.flops_per_token(settings.block_size)
     median, speed = statistics.median(seconds[5:]), settings.batch_tokens / statistics.median(seconds[5:])
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {settings.micro_batch_size} x "
@@ -80,7 +82,7 @@ def main(settings: train.TrainConfig):
         f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else device.type}\n"
         f"first step {seconds[0]:.1f} s, then {median * 1e3:.1f} ms ({min(seconds[5:]) * 1e3:.1f} to "
         f"{max(seconds[5:]) * 1e3:.1f}), {speed:,.0f} tokens/s, {train.memory_gib(device):.1f} GiB, "
-        f"{speed * model.flops_per_token() / limit:.1%} of a matrix product's {limit / 1e12:,.2f} TFLOP/s"
+        f"{speed * flops / limit:.1%} of a matrix product's {limit / 1e12:,.2f} TFLOP/s"
     )
     for name, times in updates.items():
         update = statistics.median(times[5:])

@@ -132,13 +132,24 @@ BAD_SETTINGS = [
     ("--compile=True", "compile is 'True' and must be one of auto, on, off"),
     ("--seed=-1", "seed is -1"),
     ("--max_step=5", "did you mean max_steps?"),
+    ("--arch=llama", "arch is 'llama' and must be one of gpt2, qwen3"),
+    ("--optimizer=sgd", "optimizer is 'sgd' and must be one of adamw, muon"),
+    ("--decay=step", "decay is 'step' and must be one of cosine, linear"),
+    ("--decay_steps=19000", "warmup_steps 700 and decay_steps 19000 are together more than max_steps 19073"),
+    ("--muon_momentum=1.0", "muon_momentum is 1.0 and must be below 1"),
+    ("--muon_learning_rate=-1", "muon_learning_rate is -1.0"),
+    ("--n_kv_head=4", "n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only"),
+    ("--tie_embeddings=False", "can be chosen for qwen3 only"),
+    ("--arch=qwen3 --n_kv_head=5", "n_head 12 must be a multiple of n_kv_head 5"),
+    ("--arch=qwen3 --head_size=63", "head_size 63 must be even"),
+    ("--arch=qwen3 --rope_theta=0", "rope_theta is 0.0 and must be at least 1"),
 ]
 
 
 @pytest.mark.parametrize("option, message", BAD_SETTINGS)
 def test_train_refuses_bad_settings_before_torch_and_before_any_folder(tmp_path, option, message):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")  # stands before the real one
-    result = run(ROOT / "train.py", option, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    result = run(ROOT / "train.py", *option.split(), cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr and "torch" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]

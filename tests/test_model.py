@@ -145,10 +145,10 @@ def test_flops_follow_the_formula():
     model = GPT(GPTConfig())
     parameters = 124_475_904 - 1024 * 768  # of GPT-2 124M with its vocabulary padded to 50304, without positions
     assert sum(p.numel() for p in model.parameters()) == 124_475_904
-    assert model.flops_per_token() == 6 * parameters + 12 * 12 * 768 * 1024
+    assert model.flops_per_token(1024) == 6 * parameters + 12 * 12 * 768 * 1024
     model = make_model(**QWEN3 | dict(tie_embeddings=False))  # a head of its own, so that wte is only looked up
     matrices = 128 * 32 + 2 * (32 * (4 + 2 + 2) * 16 + 4 * 16 * 32 + 3 * 32 * 40)
-    assert model.flops_per_token() == 6 * (matrices + 5 * 32 + 4 * 16) + 12 * 2 * 4 * 16 * 24
+    assert model.flops_per_token(24) == 6 * (matrices + 5 * 32 + 4 * 16) + 12 * 2 * 4 * 16 * 24
 
 
 @both
@@ -258,7 +258,12 @@ def test_a_folder_of_ours_loads_in_transformers_and_here(tmp_path, shape):
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is {'rope_type': 'yarn'"),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rotary positions are .*yarn"),
-        ({"rope_theta": None}, "rotary positions are"),
+        ({"rope_parameters": "x"}, "rotary positions are x"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "rotary positions are"),
+        ({"rope_theta": None}, "rope_theta is None"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan and must be at least 1"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false'"),
+        ({"model_type": []}, "model_type is"),
         ({"num_key_value_heads": None}, "no whole shape"),
         ({"num_key_value_heads": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
     ],

@@ -594,6 +594,17 @@ def test_text_and_datasets_score_from_the_command_line(trained, data_dir, text_f
     assert f"{found['nats_per_token'][0]:.4f} ± " in text and "perplexity" in text and "bits per byte" in text
 
 
+def test_a_long_context_makes_no_large_batch_of_short_documents(monkeypatch):
+    long, shapes = make_model(GPTConfig("qwen3", 97, block_size=8192, n_layer=1, n_head=2, n_embd=16)), []
+    forward = long.forward
+    monkeypatch.setattr(
+        long, "forward", lambda tokens, *rest, **more: shapes.append(tokens.shape) or forward(tokens, *rest, **more)
+    )
+    documents = [("", np.arange(n) % VOCAB, n) for n in [100] * 100 + [5000]]
+    assert len(sample.score(long, documents, SampleConfig(dtype="float32"))) == 101
+    assert (1, 4999) in shapes and max(rows * length for rows, length in shapes if rows > 1) <= 2048
+
+
 def test_documents_are_scored_as_they_come(model, monkeypatch):
     class Stop(Exception):
         """The first forward."""

@@ -490,6 +490,15 @@ def test_a_finished_run_can_be_taken_further(data_dir, tmp_path):
     assert [step for step, _ in metrics(tmp_path / "run", "step", "loss")] == list(range(1, 15))
 
 
+def test_a_checkpoint_of_an_older_version_is_told(data_dir, tmp_path):
+    assert tiny_run(data_dir, tmp_path / "run").returncode == 0
+    state = checkpoint.load(tmp_path / "run" / "latest.pt")
+    state["optimizer"] = state.pop("optimizers")[0]
+    checkpoint.save(tmp_path / "run" / "latest.pt", state)
+    result = tiny_run(data_dir, tmp_path / "run", "--init_from=resume")
+    assert result.returncode == 2 and "was written by an older version" in result.stderr
+
+
 def test_a_run_on_the_plateau_can_be_cooled_down(data_dir, tmp_path):
     cooled = ["--decay=linear", "--decay_steps=4"]
     assert tiny_run(data_dir, tmp_path / "whole", *cooled).returncode == 0

@@ -1,0 +1,24 @@
+"""Qwen3's architecture with Muon, as many parameters and tokens as gpt2_124m.py.
+
+torchrun --standalone --nproc_per_node=8 train.py config/qwen3_124m.py
+The data: python prepare_data.py fineweb-10b-gpt2 (20.8 GB); or add --dataset=NAME for text of yours.
+Not yet run to its end. The rates are the best of a few tried on one H200, torch 2.11, 2026-11-22, with --dataset=books
+--batch_tokens=65536 --max_steps=175 --warmup_steps=20: validation loss 4.660 on unseen books.
+"""
+
+out_dir = "out/qwen3_124m"
+dataset = "fineweb-10b-gpt2"
+tokenizer = "gpt2"
+arch = "qwen3"
+n_layer = 12
+n_head = 6  # heads of 128, as Qwen3 has them: on an H200 they learn more and run faster than twelve of 64
+n_embd = 768
+block_size = 1024
+batch_tokens = 512 * 1024
+max_steps = 19073
+optimizer = "muon"
+learning_rate = 1.2e-2  # of the embeddings and vectors
+muon_learning_rate = 4e-3  # of the matrices
+min_lr = 0.0
+warmup_steps = 700
+decay = "linear"
