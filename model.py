@@ -130,7 +130,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return (F.rms_norm(x.float(), self.weight.shape, eps=1e-6) * self.weight).type_as(x)  # weight may be bfloat16
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6).type_as(x)
 
 
 def rotation_tables(config: GPTConfig):
@@ -214,7 +214,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None  # positions
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if config.arch == "qwen3":
+        if config.arch == "qwen3":  # tables, as a compiler would compute every angle again in each layer
             for name, table in zip(("cos", "sin"), rotation_tables(config)):
                 self.register_buffer(name, table, persistent=False)
         self.ln_f = make_norm(config)
@@ -369,8 +369,7 @@ def load_hf(folder: Path, dropout: float = 0.0) -> GPT:
     """
     safetensors = import_safetensors()
     model = empty_model(read_config(folder, dropout))
-    for table in (model.wte, model.lm_head):
-        table.weight[model.config.vocab_size :] = 0  # the padding
+    model.wte.weight[model.config.vocab_size :] = 0  # the padding
     missing = in_hf_layout(model)
     for path in weight_files(folder):
         try:

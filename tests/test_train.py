@@ -356,10 +356,11 @@ def test_the_micro_batch_changes_only_rounding(finished, data_dir, tmp_path):
         assert np.allclose(metrics(out_dir, "loss"), metrics(tmp_path / "two", "loss"), atol=1e-4)
 
 
-def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path):
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path, arch):
     pytest.importorskip("safetensors")
     torch.manual_seed(5)
-    model = GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=1, n_embd=8))
+    model = GPT(GPTConfig(arch, vocab_size=257, block_size=64, n_layer=1, n_head=1, n_embd=8))
     save_hf(model, tmp_path / "hf", 256)
     start = [f"--init_from={tmp_path / 'hf'}", "--max_steps=1", "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
     result = tiny_run(data_dir, tmp_path / "run", *start)
