@@ -262,6 +262,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Move the matrices by their gradients."""
         [group] = self.param_groups
         weights, lr, momentum = group["params"], group["lr"], group["momentum"]
         gradients = [weight.grad for weight in weights]
@@ -931,6 +932,7 @@ def draw_losses(folder: Path):
 
 
 def main(settings: TrainConfig):
+    """A run from its data to its report. Raises Failure."""
     refuse_to_overwrite(settings)
     with start_ranks(settings.device) as ranks, contextlib.ExitStack() as held:
         if settings.fine_tunes():  # before a dataset is made: what it lacks shows at once
