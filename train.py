@@ -108,18 +108,7 @@ class TrainConfig:
             raise ValueError(
                 f"init_from {self.init_from!r} is not scratch, resume, a folder, {known}, or OWNER/NAME on the Hub"
             )
-        # what follows on the shape GPTConfig checks too; here it comes before torch is loaded
-        chosen = (self.n_kv_head, self.head_size, self.intermediate_size, not self.tie_embeddings)
-        if self.arch == "gpt2" and any(chosen):
-            raise ValueError("n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only")
-        if self.n_embd % self.n_head and not self.head_size:
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-        if self.arch == "qwen3" and (head_size := self.head_size or self.n_embd // self.n_head) % 2:
-            raise ValueError(f"head_size {head_size} must be even: rotary positions turn pairs")
-        if self.rope_theta < 1:
-            raise ValueError(f"rope_theta is {self.rope_theta} and must be at least 1")
+        self.check_shape()
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}")
         if self.warmup_steps > self.max_steps:
@@ -137,6 +126,20 @@ class TrainConfig:
                 f"{world_size} ranks x micro_batch_size {max(1, self.micro_batch_size)}; "
                 f"the nearest is {max(1, round(self.batch_tokens / unit)) * unit}"
             )
+
+    def check_shape(self):
+        """What GPTConfig also refuses, but before torch is loaded."""
+        chosen = (self.n_kv_head, self.head_size, self.intermediate_size, not self.tie_embeddings)
+        if self.arch == "gpt2" and any(chosen):
+            raise ValueError("n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only")
+        if self.n_embd % self.n_head and not self.head_size:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.arch == "qwen3" and (head_size := self.head_size or self.n_embd // self.n_head) % 2:
+            raise ValueError(f"head_size {head_size} must be even: rotary positions turn pairs")
+        if self.rope_theta < 1:
+            raise ValueError(f"rope_theta is {self.rope_theta} and must be at least 1")
 
     def fine_tunes(self) -> bool:
         """Whether the run starts from a model in Hugging Face's layout."""

@@ -34,7 +34,7 @@ RUNS = {  # a label: what train.py gets beside SAME
 
 @dataclass
 class CurvesConfig:
-    """Train two recipes over several seeds, and draw their learning curves."""
+    """Train several recipes over several seeds, and draw their learning curves."""
 
     train: bool = False  # train first; otherwise draw what tests/curves.json holds
     seeds: int = 3  # runs of each recipe
