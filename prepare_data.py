@@ -186,7 +186,7 @@ class Named:
 
 
 NAMED = {
-    "stdlib": Named("bpe:4096"),
+    "stdlib": Named("bpe:1024"),
     "shakespeare": Named("bytes"),
     "tinystories": Named(
         "bpe:8192",

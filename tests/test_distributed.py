@@ -7,6 +7,8 @@ from conftest import KINDS, metrics, tiny_run
 
 import checkpoint
 
+FAST = ["--compile=on", "--activation_checkpointing=True"]  # compiled ranks that keep fewer activations
+
 
 def losses(out_dir):
     return metrics(out_dir, "loss") + metrics(out_dir, "val_loss")
@@ -50,12 +52,12 @@ def test_what_fails_on_the_first_rank_ends_the_others_quietly(data_dir, tmp_path
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_gpus_equal_one(data_dir, tmp_path, kind):
+@pytest.mark.parametrize("kind, fast", [("gpt2", []), ("qwen3", []), ("gpt2", FAST)])
+def test_two_gpus_equal_one(data_dir, tmp_path, kind, fast):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     assert tiny_run(data_dir, tmp_path / "one", *KINDS[kind], "--device=cuda").returncode == 0
-    result = tiny_run(data_dir, tmp_path / "two", *KINDS[kind], "--device=cuda", processes=2)
+    result = tiny_run(data_dir, tmp_path / "two", *KINDS[kind], "--device=cuda", *fast, processes=2)
     assert result.returncode == 0, result.stderr
     close = 1e-4 if kind == "gpt2" else 1e-2  # Muon computes in bfloat16 on a GPU
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=close)
