@@ -3,8 +3,9 @@
 python train.py config/small.py
 2 cores of an AMD EPYC (Zen 3), float32, torch 2.13.0, 2026-11-22: 1.326 bits per byte of Python 3.11's library, for
 which lzma -9 needs 1.601 and gzip -9 1.957, in 4 min 35 s with the preparing, the evaluation and a sample. GPT-2 with
-AdamW, tuned for the same minutes, came to 1.582. Of five seeds four came to 1.326 to 1.349, and one to 1.483: in it
-no head had learned to copy what followed the last time (Olsson et al. 2022), which happens all at once or not.
+AdamW (one block, 4,096 entries, 3,700 steps of 1,536) came to 1.541 in 4 min 22 s. Of five seeds four came to 1.326 to
+1.349, and one to 1.483: in it no head had learned to copy what followed the last time (Olsson et al. 2022), which
+happens all at once or not. The mean is 1.365.
 """
 
 out_dir = "out/small"
@@ -14,7 +15,7 @@ n_layer = 2
 n_head = 4
 n_embd = 128
 block_size = 192
-tie_embeddings = False  # a second table costs no time here, and is worth 0.03 bits per byte
+tie_embeddings = False  # a second table costs no time here, and gained 0.03 bits per byte with 4,096 entries
 batch_tokens = 16 * 192
 max_steps = 1600
 optimizer = "muon"
