@@ -65,11 +65,10 @@ class GPTConfig:
         return math.ceil(self.vocab_size / 64) * 64
 
     @property
-    def stacked(self) -> dict[str, list[int]]:
-        """How many rows each matrix has in the weights that stack several: in c_attn query, key and value."""
+    def attention_rows(self) -> list[int]:
+        """How many of c_attn's rows make the queries, the keys and the values."""
         query, key = self.n_head * self.head_size, self.n_kv_head * self.head_size
-        gates = {"c_fc": [self.intermediate_size] * 2} if self.arch == "qwen3" else {}
-        return {"c_attn": [query, key, key]} | gates
+        return [query, key, key]
 
 
 def attend(q, k, v, dropout, cache=None):
@@ -134,16 +133,20 @@ class RMSNorm(nn.Module):
 
 
 def rotation_tables(config: GPTConfig):
-    """The cosine and sine of the angle by which each position turns each pair of a head: two tensors (T, 1, D / 2)."""
+    """The cosines and sines of the angles by which each position turns the pairs of a head.
+
+    (T, 1, 1, D / 2), and (T, 1, 2, D / 2) as the sines have a sign of their own for each of a pair.
+    """
     positions, pairs = torch.arange(config.block_size)[:, None, None], torch.arange(0, config.head_size, 2)
     angles = positions * config.rope_theta ** (-pairs / config.head_size)
-    return angles.cos(), angles.sin()
+    return angles.cos()[:, None], torch.stack((-angles.sin(), angles.sin()), dim=-2)
 
 
 def rotate(x, rotation):
     """Turn the pairs (i, i + D / 2) of x (B, T, H, D): products then tell how far apart two are. Su et al. 2021."""
-    (cos, sin), (first, second) = rotation, x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    (cos, sin), pairs = rotation, x.unflatten(-1, (2, -1))
+    # (a, b) becomes (a cos - b sin, b cos + a sin)
+    return (pairs * cos + pairs.flip(-2) * sin).flatten(-2).type_as(x)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -151,7 +154,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.rows, self.head_size, self.dropout = config.stacked["c_attn"], config.head_size, config.dropout
+        self.rows, self.head_size, self.dropout = config.attention_rows, config.head_size, config.dropout
         self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=False)  # query, key and value in one
         self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)  # Dehghani et al. 2023
         self.c_proj = nn.Linear(self.rows[0], config.n_embd, bias=False)
@@ -169,13 +172,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)  # gate and value in one
+        self.c_gate = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
         self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        gate, value = self.c_fc(x).chunk(2, dim=-1)
-        return self.dropout(self.c_proj(F.silu(gate) * value))
+        return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
 
 
 # ---- the model
@@ -201,6 +204,9 @@ class Block(nn.Module):
     def forward(self, x, rotation=None, cache=None):
         x = x + self.attn(self.ln_1(x), rotation, cache)
         return x + self.mlp(self.ln_2(x))
+
+
+LOGITS_AT_ONCE = 2**31  # the elements of a larger tensor are counted in 64 bits, which is slower on a GPU
 
 
 class GPT(nn.Module):
@@ -244,8 +250,9 @@ class GPT(nn.Module):
 
     def matrices(self) -> list[tuple[nn.Parameter, list[int]]]:
         """The weights of the blocks that multiply, each with the rows of the matrices stacked in it."""
-        weights = [(name.split(".")[-2], weight) for name, weight in self.h.named_parameters() if weight.dim() == 2]
-        return [(weight, self.config.stacked.get(name, [len(weight)])) for name, weight in weights]
+        rows = self.config.attention_rows
+        weights = [(name, weight) for name, weight in self.h.named_parameters() if weight.dim() == 2]
+        return [(weight, rows if "c_attn" in name else [len(weight)]) for name, weight in weights]
 
     def forward(self, tokens, targets=None, cache=None, reduction="mean"):
         """Score each next token.
@@ -265,7 +272,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
-            rotation = self.cos[positions], self.sin[positions]  # (T, 1, D / 2), or (B, 1, 1, D / 2) with a cache
+            rotation = self.cos[positions], self.sin[positions]  # (T, 1, 2, D / 2), or (B, 1, 1, 2, D / 2) with a cache
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -274,13 +281,21 @@ class GPT(nn.Module):
                 x = block(x, rotation, None if cache is None else cache.layers[layer])
         if cache is not None:
             x = x[:, -1:]
-        logits = self.lm_head(self.ln_f(x)).float()  # (B, T, V)
-        if self.config.vocab_size < logits.size(-1):
-            logits = logits[..., : self.config.vocab_size]  # the padding cut off
+        x = self.ln_f(x)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
+            return self.lm_head(x).float()[..., : self.config.vocab_size]  # the padding cut off
+        parts = 1 + targets.numel() * self.config.padded_vocab_size // LOGITS_AT_ONCE
+        pairs = zip(x.flatten(0, 1).chunk(parts), targets.flatten().chunk(parts))
+        losses = torch.cat([self.cross_entropy(*pair) for pair in pairs])
+        return losses.sum() / (targets >= 0).sum() if reduction == "mean" else losses.view_as(targets)
+
+    def cross_entropy(self, x, targets):
+        """How well the head finds targets (N) from x (N, C): the cross-entropy of each in nats, 0 where one is -1."""
+        logits = self.lm_head(x).float()
+        if self.config.vocab_size < logits.size(-1):  # the padding is made impossible; cutting it off is slower
+            padding = torch.arange(logits.size(-1), device=x.device) >= self.config.vocab_size
+            logits = logits.masked_fill(padding, -math.inf)
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations to train on one of T tokens: 6 N + 12 L H D T, Chowdhery et al. 2022, appendix B.
@@ -322,7 +337,8 @@ QWEN3_NAMES = {  # ours and theirs, several where ours stacks them
     "attn.k_norm": ["self_attn.k_norm"],
     "attn.c_proj": ["self_attn.o_proj"],
     "ln_2": ["post_attention_layernorm"],
-    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_gate": ["mlp.gate_proj"],
+    "mlp.c_fc": ["mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
     "ln_f": ["model.norm"],
     "lm_head": ["lm_head"],
@@ -406,8 +422,8 @@ def in_hf_layout(model: GPT) -> dict[str, torch.Tensor]:
         return {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
     for name, weight in weights.items():
         layer, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
-        pieces = weight.split(model.config.stacked.get(part.split(".")[-1], len(weight)))
-        for theirs, piece in zip(QWEN3_NAMES[part], pieces):
+        rows = model.config.attention_rows if part == "attn.c_attn" else len(weight)
+        for theirs, piece in zip(QWEN3_NAMES[part], weight.split(rows)):
             found[f"{f'model.layers.{layer}.' if layer else ''}{theirs}.weight"] = piece
     return found
 

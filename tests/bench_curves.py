@@ -22,12 +22,12 @@ import config
 ROOT = Path(__file__).parent.parent
 BATCH_TOKENS = 65536
 SAME = f"--batch_tokens={BATCH_TOKENS} --micro_batch_size=64 --eval_tokens=2000000 --log_interval=25"
-GPT2 = "config/gpt2_124m.py --max_steps=700 --warmup_steps=100 --eval_interval=50"
-QWEN3 = "config/qwen3_124m.py --warmup_steps=20 --eval_interval=25"
+GPT2 = "config/gpt2_124m.py --max_steps=700 --eval_interval=100"
+QWEN3 = "config/qwen3_124m.py --warmup_steps=45 --eval_interval=25 --rope_theta=300"
 RUNS = {  # a label: what train.py gets beside SAME
-    "gpt2, AdamW, 6e-4": f"{GPT2} --learning_rate=6e-4 --min_lr=6e-5",
-    "gpt2, AdamW, 1e-3": f"{GPT2} --learning_rate=1e-3 --min_lr=1e-4",
-    "qwen3, Muon, 175 steps": f"{QWEN3} --max_steps=175",
+    "gpt2, AdamW, nanoGPT's better rate": f"{GPT2} --warmup_steps=100 --learning_rate=1e-3 --min_lr=1e-4",
+    "gpt2, AdamW, tuned": f"{GPT2} --warmup_steps=200 --learning_rate=1.4e-3 --min_lr=1.4e-4",
+    "qwen3, Muon, 175 steps": f"{QWEN3} --max_steps=175 --muon_momentum=0.85 --beta1=0.8 --muon_learning_rate=5.6e-3",
     "qwen3, Muon, 700 steps": f"{QWEN3} --max_steps=700",
 }
 

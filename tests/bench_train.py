@@ -55,10 +55,12 @@ def main(settings: train.TrainConfig):
     if settings.compile == "on":
         model.compile()
     optimizers = train.make_optimizers(model, settings, ranks)
+    run = train.Run(settings, ranks, None, model, optimizers)
     micro_steps = settings.batch_tokens // (settings.block_size * settings.micro_batch_size)
     tokens = torch.randint(50257, (micro_steps, settings.micro_batch_size, settings.block_size + 1), device=device)
     seconds, updates = [], {type(optimizer).__name__: [] for optimizer in optimizers}
-    for _ in range(STEPS + 5):
+    for step in range(STEPS + 5):
+        train.set_learning_rates(run, step)  # weights that stay at zero would be multiplied faster
         wait(device)
         started = time.perf_counter()
         for windows in tokens:

@@ -112,6 +112,21 @@ def test_padding_of_the_vocabulary_counts_for_nothing(shape):
 
 
 @both
+def test_many_logits_are_computed_in_parts(shape, monkeypatch):
+    tokens, sizes, plain, results = some_tokens(2, 24), [], GPT.cross_entropy, []
+    monkeypatch.setattr(GPT, "cross_entropy", lambda self, x, y: sizes.append(len(x)) or plain(self, x, y))
+    targets = torch.where(torch.arange(24) < 7, -1, tokens.roll(-1, 1))
+    for at_once in (48 * 128 + 1, 48 * 128 // 3):
+        monkeypatch.setattr("model.LOGITS_AT_ONCE", at_once)
+        model = make_model(**shape)
+        loss = model(tokens, targets)
+        loss.backward()
+        results.append([loss, model(tokens, targets, reduction="none"), *(p.grad for p in model.parameters())])
+    assert sizes == [48] * 2 + [12] * 8
+    assert all(torch.allclose(whole, in_parts, atol=1e-6) for whole, in_parts in zip(*results))
+
+
+@both
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_activation_checkpointing_changes_no_gradient(dropout, shape):
     gradients = []
@@ -156,10 +171,10 @@ def test_the_matrices_of_the_blocks_are_listed_with_what_lies_in_them(shape):
     model = make_model(**shape)
     found = {id(weight): rows for weight, rows in model.matrices()}
     names = {name: found.pop(id(weight), None) for name, weight in model.named_parameters()}
-    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    parts = ("attn.c_attn", "attn.c_proj", *(["mlp.c_gate"] if shape else []), "mlp.c_fc", "mlp.c_proj")
     assert {name for name, rows in names.items() if rows} == {f"h.{n}.{part}.weight" for n in (0, 1) for part in parts}
     assert not found
-    wanted = ([64, 32, 32], [32], [40, 40], [32]) if shape else ([32, 32, 32], [32], [128], [32])
+    wanted = ([64, 32, 32], [32], [40], [40], [32]) if shape else ([32, 32, 32], [32], [128], [32])
     assert tuple(rows for name, rows in names.items() if rows) == wanted * 2
 
 
