@@ -41,6 +41,18 @@ def load(path: Path) -> dict:
     return state
 
 
+def restore_model(state: dict, path: Path):
+    """The GPT of a checkpoint's state. Raises Failure where an older version, with other weights, wrote it."""
+    from model import GPTConfig, empty_model
+
+    try:
+        model = empty_model(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError):
+        raise Failure(f"{path} was written by an older version, and this one cannot read it", NO_CHECKPOINT) from None
+    return model
+
+
 def checksum(state) -> str:
     """SHA-256 over every name and value in `state`, tensors by type, shape and bytes."""
     import torch

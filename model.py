@@ -1,8 +1,8 @@
 """GPT-2 and Qwen3, whole: tokens in, the loss or the logits out.
 
 Read from the top: the configuration, attention and MLP of GPT-2 and then of Qwen3, the block, the model, and last the
-door to the Hugging Face layout. Names are GPT-2's own. Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners"; Yang et al. 2025, "Qwen3 Technical Report", of which this is the dense model.
+door to the Hugging Face layout. Names are GPT-2's own, where it has the part. Radford et al. 2019, "Language Models are
+Unsupervised Multitask Learners"; Yang et al. 2025, "Qwen3 Technical Report", of which this is the dense model.
 
 Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads, K heads of keys and values, D head size,
 V vocabulary.
@@ -36,7 +36,7 @@ class GPTConfig:
     bias: bool = True  # in gpt2's linear layers and layer norms
     n_kv_head: int = 0  # heads of keys and values, each for n_head / n_kv_head queries; 0 = n_head
     head_size: int = 0  # 0 = n_embd / n_head
-    intermediate_size: int = 0  # width of the MLP; 0 = 8/3 n_embd or a little more: about as many weights as gpt2's
+    intermediate_size: int = 0  # width of the MLP; 0 = 8/3 n_embd, up to a multiple of 64: as many weights as in gpt2
     rope_theta: float = 10000.0  # pair i of a head turns by rope_theta ** (-2 i / head_size) a token
     tie_embeddings: bool = True  # the head has the weights of wte, as in gpt2
 
@@ -67,8 +67,8 @@ class GPTConfig:
     @property
     def attention_rows(self) -> list[int]:
         """How many of c_attn's rows make the queries, the keys and the values."""
-        query, key = self.n_head * self.head_size, self.n_kv_head * self.head_size
-        return [query, key, key]
+        queries, keys = self.n_head * self.head_size, self.n_kv_head * self.head_size
+        return [queries, keys, keys]
 
 
 def attend(q, k, v, dropout, cache=None):
@@ -133,20 +133,20 @@ class RMSNorm(nn.Module):
 
 
 def rotation_tables(config: GPTConfig):
-    """The cosines and sines of the angles by which each position turns the pairs of a head.
+    """Cosines and sines of the angle by which each position turns each pair of a head.
 
-    (T, 1, 1, D / 2), and (T, 1, 2, D / 2) as the sines have a sign of their own for each of a pair.
+    (block_size, 1, 1, D / 2), and (block_size, 1, 2, D / 2): minus the sine for the first of a pair, the sine for the
+    second.
     """
-    positions, pairs = torch.arange(config.block_size)[:, None, None], torch.arange(0, config.head_size, 2)
-    angles = positions * config.rope_theta ** (-pairs / config.head_size)
-    return angles.cos()[:, None], torch.stack((-angles.sin(), angles.sin()), dim=-2)
+    positions, even = torch.arange(config.block_size)[:, None, None, None], torch.arange(0, config.head_size, 2)
+    angles = positions * config.rope_theta ** (-even / config.head_size)
+    return angles.cos(), torch.cat((-angles.sin(), angles.sin()), dim=-2)
 
 
 def rotate(x, rotation):
     """Turn the pairs (i, i + D / 2) of x (B, T, H, D): products then tell how far apart two are. Su et al. 2021."""
-    (cos, sin), pairs = rotation, x.unflatten(-1, (2, -1))
-    # (a, b) becomes (a cos - b sin, b cos + a sin)
-    return (pairs * cos + pairs.flip(-2) * sin).flatten(-2).type_as(x)
+    (cos, sin), halves = rotation, x.unflatten(-1, (2, -1))  # (B, T, H, 2, D / 2); flipped: the other of each pair
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).type_as(x)  # (a, b) to (a cos - b sin, b cos + a sin)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -157,7 +157,7 @@ class GroupedQueryAttention(nn.Module):
         self.rows, self.head_size, self.dropout = config.attention_rows, config.head_size, config.dropout
         self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=False)  # query, key and value in one
         self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)  # Dehghani et al. 2023
-        self.c_proj = nn.Linear(self.rows[0], config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotation, cache=None):
@@ -172,8 +172,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.c_fc = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_gate = nn.Linear(config.n_embd, config.intermediate_size, bias=False)  # Qwen3's gate_proj
+        self.c_fc = nn.Linear(config.n_embd, config.intermediate_size, bias=False)  # its up_proj
         self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -206,7 +206,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2**31  # the elements of a larger tensor are counted in 64 bits, which is slower on a GPU
+LOGITS_AT_ONCE = 2**31  # a larger tensor needs indices of 64 bits, which are slower on a GPU; it saves no memory
 
 
 class GPT(nn.Module):
@@ -249,7 +249,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{name} has no initialiser")
 
     def matrices(self) -> list[tuple[nn.Parameter, list[int]]]:
-        """The weights of the blocks that multiply, each with the rows of the matrices stacked in it."""
+        """The blocks' two-dimensional weights, each with how many rows the matrices in it have: c_attn holds three."""
         rows = self.config.attention_rows
         weights = [(name, weight) for name, weight in self.h.named_parameters() if weight.dim() == 2]
         return [(weight, rows if "c_attn" in name else [len(weight)]) for name, weight in weights]
@@ -257,12 +257,13 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, cache=None, reduction="mean"):
         """Score each next token.
 
-        tokens: (B, T) integers. targets: (B, T) integers, the tokens that follow, -1 where nothing is asked; then the
-        result is their mean cross-entropy in nats and nothing else: the logits are then the compiler's to keep or not.
-        With reduction="none" it is that of each target, (B, T). Without targets it is the logits (B, T, V) in fp32.
+        tokens: (B, T) integers. Without targets the result is the logits (B, T, V) in fp32. targets: (B, T) integers,
+        the tokens that follow, -1 where nothing is asked. With them it is their mean cross-entropy in nats, or with
+        reduction="none" that of each, (B, T); no logits are returned, so a compiler need not keep them.
         cache: what sample.py's KVCache does. `advance(T)` gives the positions (T) or (B, T) of the new tokens; each of
         its `layers` has `append(k, v)` for the keys and values (B, K, S, D) to attend to, and in `mask` (B, 1, T, S)
-        which of them, None for all up to the token itself. The logits are then the last token's alone, (B, 1, V).
+        what is added to the scores, None for each to see all up to itself. The logits are then the last token's alone,
+        (B, 1, V).
         """
         T = tokens.size(1)
         if cache is None and T > self.config.block_size:
@@ -272,7 +273,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
-            rotation = self.cos[positions], self.sin[positions]  # (T, 1, 2, D / 2), or (B, 1, 1, 2, D / 2) with a cache
+            rotation = self.cos[positions], self.sin[positions]  # (T, 1, 1 or 2, D / 2), or B more in front
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -285,14 +286,14 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x).float()[..., : self.config.vocab_size]  # the padding cut off
         parts = 1 + targets.numel() * self.config.padded_vocab_size // LOGITS_AT_ONCE
-        pairs = zip(x.flatten(0, 1).chunk(parts), targets.flatten().chunk(parts))
-        losses = torch.cat([self.cross_entropy(*pair) for pair in pairs])
+        inputs = x.flatten(0, 1).chunk(parts), targets.flatten().chunk(parts)
+        losses = torch.cat([self.cross_entropy(*part) for part in zip(*inputs)])
         return losses.sum() / (targets >= 0).sum() if reduction == "mean" else losses.view_as(targets)
 
     def cross_entropy(self, x, targets):
         """How well the head finds targets (N) from x (N, C): the cross-entropy of each in nats, 0 where one is -1."""
         logits = self.lm_head(x).float()
-        if self.config.vocab_size < logits.size(-1):  # the padding is made impossible; cutting it off is slower
+        if self.config.vocab_size < logits.size(-1):  # the padding is made impossible; cut off, it would cost more
             padding = torch.arange(logits.size(-1), device=x.device) >= self.config.vocab_size
             logits = logits.masked_fill(padding, -math.inf)
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
@@ -329,7 +330,7 @@ def empty_model(config: GPTConfig) -> GPT:
 # linear layers of a block as (in, out), where ours are (out, in), and always has biases.
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-QWEN3_NAMES = {  # ours and theirs, several where ours stacks them
+QWEN3_NAMES = {  # ours and theirs, of which c_attn stacks three
     "wte": ["model.embed_tokens"],
     "ln_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -414,18 +415,19 @@ def fill(place: torch.Tensor, tensor: torch.Tensor, name: str):
 
 def in_hf_layout(model: GPT) -> dict[str, torch.Tensor]:
     """The model's weights under their names in a file and in the shapes they have there: views, to read or to fill."""
-    weights, found = {name: parameter.detach() for name, parameter in model.named_parameters()}, {}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name in ("wte.weight", "lm_head.weight"):
         if name in weights:  # a tied head has no name of its own
             weights[name] = weights[name][: model.config.vocab_size]  # the rest is padding
     if model.config.arch == "gpt2":
         return {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
+    layout = {}
     for name, weight in weights.items():
         layer, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
         rows = model.config.attention_rows if part == "attn.c_attn" else len(weight)
-        for theirs, piece in zip(QWEN3_NAMES[part], weight.split(rows)):
-            found[f"{f'model.layers.{layer}.' if layer else ''}{theirs}.weight"] = piece
-    return found
+        for theirs, piece in zip(QWEN3_NAMES[part], weight.split(rows), strict=True):
+            layout[f"{f'model.layers.{layer}.' if layer else ''}{theirs}.weight"] = piece
+    return layout
 
 
 def read_config(folder: Path, dropout: float) -> GPTConfig:

@@ -95,7 +95,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import prepare_data
-from model import GPT, GPTConfig, empty_model, import_safetensors, load_hf, save_hf
+from model import GPT, GPTConfig, import_safetensors, load_hf, save_hf
 
 # ---- the cache
 
@@ -642,8 +642,7 @@ def newest_checkpoint(settings: SampleConfig) -> Path:
 def load_model(path: Path) -> tuple[GPT, tiktoken.Encoding]:
     """The model of a checkpoint, and its tokenizer."""
     state = checkpoint.load(path)
-    model = empty_model(GPTConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
+    model = checkpoint.restore_model(state, path)
     print(f"{path}: step {state['step']}, validation loss {state['val_loss']:.4f}", file=sys.stderr)  # inf: none yet
     return model, prepare_data.read_tokenizer(state["tokenizer"]["text"], state["tokenizer"]["name"])
 

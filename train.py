@@ -28,7 +28,7 @@ from pathlib import Path
 
 import config
 import prepare_data
-from config import NOT_FINITE, Failure
+from config import NO_CHECKPOINT, NOT_FINITE, Failure
 
 
 @dataclass
@@ -155,7 +155,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from model import GPT, GPTConfig, empty_model, load_hf
+from model import GPT, GPTConfig, load_hf
 
 # ---- which tokens a step sees: a pure function of the seed and the step, so resuming needs no state but the step
 
@@ -592,8 +592,7 @@ def build_model(settings: TrainConfig, dataset: prepare_data.Dataset, saved: dic
     """The model as a checkpoint has it, as a Hugging Face folder has it, or new."""
     vocab_size = dataset.encoding.n_vocab
     if saved:
-        model = empty_model(GPTConfig(**saved["model_config"]))
-        model.load_state_dict(saved["model"])
+        model = checkpoint.restore_model(saved, Path(settings.out_dir) / "latest.pt")
     elif settings.init_from == "scratch":
         torch.manual_seed(settings.seed)  # the same weights on any device: they are drawn on the CPU
         model = GPT(model_config(settings, vocab_size))
@@ -630,7 +629,8 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: prepare_data.Dataset
     """The run at its first step, or where its checkpoint left it."""
     saved = checkpoint.load(Path(settings.out_dir) / "latest.pt") if settings.init_from == "resume" else None
     if saved and "optimizers" not in saved:
-        raise Failure(f"{settings.out_dir} was written by an older version, and only sample.py still reads it")
+        message = f"{settings.out_dir} was written by an older version, and only sample.py still reads it"
+        raise Failure(message, NO_CHECKPOINT)
     if saved:
         check_same_run(saved, settings, dataset)
     settings = resolve_auto(settings, ranks, saved)

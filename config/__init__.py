@@ -15,6 +15,7 @@ import operator
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 BAD_INPUT, NOT_FINITE, NO_CHECKPOINT, IN_USE, INPUT_OUTPUT = 2, 3, 4, 5, 6  # exit codes; 0 is done
@@ -56,6 +57,8 @@ def exit_codes(one_voice: bool = False):
     if rank == "0" or not one_voice:
         who = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
         print(f"{who}: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # the first process to end has torchrun kill the others; let that be the one that speaks
     sys.exit(code)
 
 

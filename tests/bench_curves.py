@@ -25,8 +25,8 @@ SAME = f"--batch_tokens={BATCH_TOKENS} --micro_batch_size=64 --eval_tokens=20000
 GPT2 = "config/gpt2_124m.py --max_steps=700 --eval_interval=100"
 QWEN3 = "config/qwen3_124m.py --warmup_steps=45 --eval_interval=25 --rope_theta=300"
 RUNS = {  # a label: what train.py gets beside SAME
-    "gpt2, AdamW, nanoGPT's better rate": f"{GPT2} --warmup_steps=100 --learning_rate=1e-3 --min_lr=1e-4",
-    "gpt2, AdamW, tuned": f"{GPT2} --warmup_steps=200 --learning_rate=1.4e-3 --min_lr=1.4e-4",
+    "gpt2, AdamW, 1e-3": f"{GPT2} --warmup_steps=100 --learning_rate=1e-3 --min_lr=1e-4",
+    "gpt2, AdamW, 1.4e-3, longer warm-up": f"{GPT2} --warmup_steps=200 --learning_rate=1.4e-3 --min_lr=1.4e-4",
     "qwen3, Muon, 175 steps": f"{QWEN3} --max_steps=175 --muon_momentum=0.85 --beta1=0.8 --muon_learning_rate=5.6e-3",
     "qwen3, Muon, 700 steps": f"{QWEN3} --max_steps=700",
 }

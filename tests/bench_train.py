@@ -3,7 +3,8 @@
     python tests/bench_train.py config/gpt2_124m.py --micro_batch_size=32 --batch_tokens=65536
 
 Takes the settings of train.py. Prints the time to the first step, then the median of the steps after five for warming
-up with the fastest and slowest, tokens/s, and the share of a large matrix product's rate, measured here too.
+up with the fastest and slowest, tokens/s, and the share of a large matrix product's rate, measured here too. It waits
+for the device before and after the update, which training does not.
 """
 
 import math
@@ -56,16 +57,15 @@ def main(settings: train.TrainConfig):
         model.compile()
     optimizers = train.make_optimizers(model, settings, ranks)
     run = train.Run(settings, ranks, None, model, optimizers)
-    micro_steps = settings.batch_tokens // (settings.block_size * settings.micro_batch_size)
-    tokens = torch.randint(50257, (micro_steps, settings.micro_batch_size, settings.block_size + 1), device=device)
+    tokens = torch.randint(50257, (run.micro_steps, settings.micro_batch_size, settings.block_size + 1), device=device)
     seconds, updates = [], {type(optimizer).__name__: [] for optimizer in optimizers}
     for step in range(STEPS + 5):
-        train.set_learning_rates(run, step)  # weights that stay at zero would be multiplied faster
+        train.set_learning_rates(run, step)  # Muon's is 0 at first, and weights that stay zero multiply faster
         wait(device)
         started = time.perf_counter()
         for windows in tokens:
             with train.autocast(settings):
-                loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()) / micro_steps
+                loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()) / run.micro_steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         wait(device)
@@ -77,10 +77,11 @@ def main(settings: train.TrainConfig):
         model.zero_grad()
         seconds.append(time.perf_counter() - started)
     flops = model.flops_per_token(settings.block_size)
-    median, speed = statistics.median(seconds[5:]), settings.batch_tokens / statistics.median(seconds[5:])
+    median = statistics.median(seconds[5:])
+    speed = settings.batch_tokens / median
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {settings.micro_batch_size} x "
-        f"{micro_steps} sequences of {settings.block_size}, {settings.dtype}, compile {settings.compile}, "
+        f"{run.micro_steps} sequences of {settings.block_size}, {settings.dtype}, compile {settings.compile}, "
         f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else device.type}\n"
         f"first step {seconds[0]:.1f} s, then {median * 1e3:.1f} ms ({min(seconds[5:]) * 1e3:.1f} to "
         f"{max(seconds[5:]) * 1e3:.1f}), {speed:,.0f} tokens/s, {train.memory_gib(device):.1f} GiB, "

@@ -175,3 +175,13 @@ def test_the_other_scripts_refuse_bad_settings(tmp_path, script, option, message
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank, said, waits", [("0", True, []), ("1", False, [10])])
+def test_the_first_rank_speaks_before_another_ends(rank, said, waits, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(config.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        config.load(TrainConfig, ["--n_layer=0"])
+    assert ended.value.code == 2 and ("n_layer" in capsys.readouterr().err) == said and waited == waits

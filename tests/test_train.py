@@ -497,7 +497,15 @@ def test_a_checkpoint_of_an_older_version_is_told(data_dir, tmp_path):
     state["optimizer"] = state.pop("optimizers")[0]
     checkpoint.save(tmp_path / "run" / "latest.pt", state)
     result = tiny_run(data_dir, tmp_path / "run", "--init_from=resume")
-    assert result.returncode == 2 and "was written by an older version" in result.stderr
+    assert result.returncode == 4 and "was written by an older version" in result.stderr
+    state["optimizers"] = [state.pop("optimizer")]
+    state["model"]["h.0.mlp.c_up.weight"] = state["model"].pop("h.0.mlp.c_fc.weight")
+    checkpoint.save(tmp_path / "run" / "latest.pt", state)
+    for result in (
+        tiny_run(data_dir, tmp_path / "run", "--init_from=resume"),
+        run("sample.py", f"--checkpoint={tmp_path / 'run'}"),
+    ):
+        assert result.returncode == 4 and "was written by an older version" in result.stderr
 
 
 def test_a_run_on_the_plateau_can_be_cooled_down(data_dir, tmp_path):
