@@ -64,12 +64,6 @@ class GPTConfig:
         """Rows of the embedding: a multiple of 64, which matrix units multiply much faster than 50257."""
         return math.ceil(self.vocab_size / 64) * 64
 
-    @property
-    def attention_rows(self) -> list[int]:
-        """How many of c_attn's rows make the queries, the keys and the values."""
-        queries, keys = self.n_head * self.head_size, self.n_kv_head * self.head_size
-        return [queries, keys, keys]
-
 
 def attend(q, k, v, dropout, cache=None):
     """Each token gathers from itself and those before it: q (B, T, H, D), k and v (B, T, K, D) to (B, T, H * D).
@@ -133,20 +127,19 @@ class RMSNorm(nn.Module):
 
 
 def rotation_tables(config: GPTConfig):
-    """Cosines and sines of the angle by which each position turns each pair of a head.
+    """Cosines and sines of the angle by which each position turns each pair of a head, both (block_size, 1, D).
 
-    (block_size, 1, 1, D / 2), and (block_size, 1, 2, D / 2): minus the sine for the first of a pair, the sine for the
-    second.
+    The sine is negative for the first of a pair.
     """
-    positions, even = torch.arange(config.block_size)[:, None, None, None], torch.arange(0, config.head_size, 2)
+    positions, even = torch.arange(config.block_size)[:, None, None], torch.arange(0, config.head_size, 2)
     angles = positions * config.rope_theta ** (-even / config.head_size)
-    return angles.cos(), torch.cat((-angles.sin(), angles.sin()), dim=-2)
+    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
 def rotate(x, rotation):
     """Turn the pairs (i, i + D / 2) of x (B, T, H, D): products then tell how far apart two are. Su et al. 2021."""
-    (cos, sin), halves = rotation, x.unflatten(-1, (2, -1))  # (B, T, H, 2, D / 2); flipped: the other of each pair
-    return (halves * cos + halves.flip(-2) * sin).flatten(-2).type_as(x)  # (a, b) to (a cos - b sin, b cos + a sin)
+    cos, sin = rotation
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)  # (a, b) to (a cos - b sin, b cos + a sin)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -154,14 +147,18 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.rows, self.head_size, self.dropout = config.attention_rows, config.head_size, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=False)  # query, key and value in one
+        self.head_size, self.dropout = config.head_size, config.dropout
+        queries, keys = config.n_head * config.head_size, config.n_kv_head * config.head_size
+        # not one layer as in gpt2: behind the norms it takes a GPU longer to join the gradients than to multiply thrice
+        self.c_q = nn.Linear(config.n_embd, queries, bias=False)
+        self.c_k = nn.Linear(config.n_embd, keys, bias=False)
+        self.c_v = nn.Linear(config.n_embd, keys, bias=False)
         self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)  # Dehghani et al. 2023
-        self.c_proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=False)
+        self.c_proj = nn.Linear(queries, config.n_embd, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotation, cache=None):
-        q, k, v = (y.unflatten(2, (-1, self.head_size)) for y in self.c_attn(x).split(self.rows, dim=2))
+        q, k, v = (layer(x).unflatten(2, (-1, self.head_size)) for layer in (self.c_q, self.c_k, self.c_v))
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         y = attend(q, k, v, self.dropout if self.training else 0.0, cache)
         return self.resid_dropout(self.c_proj(y))
@@ -248,11 +245,10 @@ class GPT(nn.Module):
             else:
                 raise ValueError(f"{name} has no initialiser")
 
-    def matrices(self) -> list[tuple[nn.Parameter, list[int]]]:
-        """The blocks' two-dimensional weights, each with how many rows the matrices in it have: c_attn holds three."""
-        rows = self.config.attention_rows
+    def matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """The blocks' two-dimensional weights, each with how many matrices it stacks: c_attn three."""
         weights = [(name, weight) for name, weight in self.h.named_parameters() if weight.dim() == 2]
-        return [(weight, rows if "c_attn" in name else [len(weight)]) for name, weight in weights]
+        return [(weight, 3 if "c_attn" in name else 1) for name, weight in weights]
 
     def forward(self, tokens, targets=None, cache=None, reduction="mean"):
         """Score each next token.
@@ -273,7 +269,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
-            rotation = self.cos[positions], self.sin[positions]  # (T, 1, 1 or 2, D / 2), or B more in front
+            rotation = self.cos[positions], self.sin[positions]  # (T, 1, D), or with a cache (B, T, 1, D)
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -330,19 +326,21 @@ def empty_model(config: GPTConfig) -> GPT:
 # linear layers of a block as (in, out), where ours are (out, in), and always has biases.
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-QWEN3_NAMES = {  # ours and theirs, of which c_attn stacks three
-    "wte": ["model.embed_tokens"],
-    "ln_1": ["input_layernorm"],
-    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.q_norm": ["self_attn.q_norm"],
-    "attn.k_norm": ["self_attn.k_norm"],
-    "attn.c_proj": ["self_attn.o_proj"],
-    "ln_2": ["post_attention_layernorm"],
-    "mlp.c_gate": ["mlp.gate_proj"],
-    "mlp.c_fc": ["mlp.up_proj"],
-    "mlp.c_proj": ["mlp.down_proj"],
-    "ln_f": ["model.norm"],
-    "lm_head": ["lm_head"],
+QWEN3_NAMES = {  # ours and theirs
+    "wte": "model.embed_tokens",
+    "ln_1": "input_layernorm",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "attn.c_proj": "self_attn.o_proj",
+    "ln_2": "post_attention_layernorm",
+    "mlp.c_gate": "mlp.gate_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+    "ln_f": "model.norm",
+    "lm_head": "lm_head",
 }
 SHAPE = {  # how config.json calls the fields of a GPTConfig
     "gpt2": {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | {"block_size": "n_positions"},
@@ -424,9 +422,7 @@ def in_hf_layout(model: GPT) -> dict[str, torch.Tensor]:
     layout = {}
     for name, weight in weights.items():
         layer, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
-        rows = model.config.attention_rows if part == "attn.c_attn" else len(weight)
-        for theirs, piece in zip(QWEN3_NAMES[part], weight.split(rows), strict=True):
-            layout[f"{f'model.layers.{layer}.' if layer else ''}{theirs}.weight"] = piece
+        layout[f"{f'model.layers.{layer}.' if layer else ''}{QWEN3_NAMES[part]}.weight"] = weight
     return layout
 
 

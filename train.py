@@ -258,7 +258,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, model: GPT, settings: TrainConfig, ranks: "Ranks"):
-        weights, self.rows = zip(*model.matrices())  # the rows of the matrices that a weight stacks
+        weights, self.stacked = zip(*model.matrices())  # and how many matrices each stacks
         self.ranks = ranks
         defaults = dict(lr=0.0, momentum=settings.muon_momentum, weight_decay=settings.weight_decay)  # lr: by the loop
         super().__init__(weights, defaults)
@@ -277,8 +277,8 @@ class Muon(torch.optim.Optimizer):
         updates = torch._foreach_lerp(gradients, moments, momentum)  # Nesterov's: a look ahead
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         alike = defaultdict(list)  # matrices by shape; query, key and value are matrices of their own
-        for weight, update, rows in zip(weights, updates, self.rows):
-            for pair in zip(weight.split(rows), update.split(rows)):
+        for weight, update, count in zip(weights, updates, self.stacked):
+            for pair in zip(weight.chunk(count), update.chunk(count)):
                 alike[pair[0].shape].append(pair)
         for shape, pairs in alike.items():
             matrices, directions = zip(*pairs)

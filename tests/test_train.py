@@ -176,15 +176,15 @@ def test_muon_is_the_muon_of_torch(arch, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # theirs computes in it everywhere
     model, settings = small_model(arch), TrainConfig(weight_decay=0.3, muon_momentum=0.9)
     ours, copies = train.Muon(model, settings, ALONE), []
-    for weight, rows in model.matrices():  # theirs gets each matrix as a parameter of its own
-        copies.append([torch.nn.Parameter(part.clone()) for part in weight.detach().split(rows)])
+    for weight, count in model.matrices():  # theirs gets each matrix as a parameter of its own
+        copies.append([torch.nn.Parameter(part.clone()) for part in weight.detach().chunk(count)])
     flat = [copy for parts in copies for copy in parts]
     theirs = torch.optim.Muon(flat, lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     ours.param_groups[0]["lr"] = 0.1
     for _ in range(4):
-        for (weight, rows), parts in zip(model.matrices(), copies):
+        for (weight, count), parts in zip(model.matrices(), copies):
             weight.grad = torch.randn_like(weight)
-            for part, gradient in zip(parts, weight.grad.split(rows)):
+            for part, gradient in zip(parts, weight.grad.chunk(count)):
                 part.grad = gradient.clone()
         ours.step()
         theirs.step()
