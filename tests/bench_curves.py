@@ -24,10 +24,12 @@ BATCH_TOKENS = 65536
 SAME = f"--batch_tokens={BATCH_TOKENS} --micro_batch_size=64 --eval_tokens=2000000 --log_interval=25"
 GPT2 = "config/gpt2_124m.py --max_steps=700 --eval_interval=100"
 QWEN3 = "config/qwen3_124m.py --warmup_steps=45 --eval_interval=25 --rope_theta=300"
+SHORT = f"{QWEN3} --muon_momentum=0.85 --beta1=0.8 --muon_learning_rate=5.6e-3"
 RUNS = {  # a label: what train.py gets beside SAME
     "gpt2, AdamW, 1e-3": f"{GPT2} --warmup_steps=100 --learning_rate=1e-3 --min_lr=1e-4",
     "gpt2, AdamW, 1.4e-3, longer warm-up": f"{GPT2} --warmup_steps=200 --learning_rate=1.4e-3 --min_lr=1.4e-4",
-    "qwen3, Muon, 175 steps": f"{QWEN3} --max_steps=175 --muon_momentum=0.85 --beta1=0.8 --muon_learning_rate=5.6e-3",
+    "qwen3, Muon, 168 steps": f"{SHORT} --max_steps=168",
+    "qwen3, Muon, 175 steps": f"{SHORT} --max_steps=175",
     "qwen3, Muon, 700 steps": f"{QWEN3} --max_steps=700",
 }
 
@@ -77,7 +79,7 @@ def report(runs: list[dict]):
             by_second.plot([step * run["seconds_per_step"] for step in steps], losses, f"C{number}", linewidth=1)
         spread = f" ± {statistics.stdev(ends):.4f}" if len(ends) > 1 else ""
         print(
-            f"{label}: validation loss {statistics.mean(ends):.4f}{spread} over {len(ends)} seeds after {steps[-1]} "
+            f"{label}: validation loss {statistics.mean(ends):.4f}{spread} (seeds: {len(ends)}) after {steps[-1]} "
             f"steps, {statistics.mean(seconds):.1f} s"
         )
     by_step.set(xlabel=f"step of {BATCH_TOKENS:,} tokens", ylabel="validation loss, nats a token", ylim=(None, 6.5))
