@@ -68,7 +68,7 @@ class GPTConfig:
 def attend(q, k, v, dropout, cache=None):
     """Each token gathers from itself and those before it: q (B, T, H, D), k and v (B, T, K, D) to (B, T, H * D).
 
-    Vaswani et al. 2017, section 3.2.
+    cache: that of one layer, as GPT.forward says. Vaswani et al. 2017, section 3.2.
     """
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), and (B, K, T, D) twice
     if cache is not None:
@@ -83,7 +83,7 @@ def attend(q, k, v, dropout, cache=None):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention; where a token stands was added to the stream."""
+    """Multi-head attention; the positions are in x already."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -137,19 +137,22 @@ def rotation_tables(config: GPTConfig):
 
 
 def rotate(x, rotation):
-    """Turn the pairs (i, i + D / 2) of x (B, T, H, D): products then tell how far apart two are. Su et al. 2021."""
+    """Turn the pairs (i, i + D / 2) of x (B, T, H, D): a query times a key then depends on how far apart they are.
+
+    Su et al. 2021.
+    """
     cos, sin = rotation
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)  # (a, b) to (a cos - b sin, b cos + a sin)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention in which several queries share a key and a value (Ainslie et al. 2023), normalised and rotated."""
+    """Several queries share a key and a value (Ainslie et al. 2023); queries and keys are normalised, then rotated."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.head_size, self.dropout = config.head_size, config.dropout
         queries, keys = config.n_head * config.head_size, config.n_kv_head * config.head_size
-        # not one layer as in gpt2: behind the norms it takes a GPU longer to join the gradients than to multiply thrice
+        # not one layer as in gpt2: to join the gradients for it would take a GPU longer than two more products do
         self.c_q = nn.Linear(config.n_embd, queries, bias=False)
         self.c_k = nn.Linear(config.n_embd, keys, bias=False)
         self.c_v = nn.Linear(config.n_embd, keys, bias=False)
@@ -203,7 +206,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2**31  # a larger tensor needs indices of 64 bits, which are slower on a GPU; it saves no memory
+LOGITS_AT_ONCE = 2**31  # more need indices of 64 bits, slower on a GPU; for the backward pass all are kept anyway
 
 
 class GPT(nn.Module):
@@ -228,7 +231,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialisation; the projections that end in the stream get 1 / sqrt(their number) of it.
+        """GPT-2's initialisation, as nanoGPT has it; projections that end in the stream get 1 / sqrt(their number) of it.
 
         In qwen3 these, and a head of its own, start at zero: each block begins as the identity.
         """
@@ -257,9 +260,9 @@ class GPT(nn.Module):
         the tokens that follow, -1 where nothing is asked. With them it is their mean cross-entropy in nats, or with
         reduction="none" that of each, (B, T); no logits are returned, so a compiler need not keep them.
         cache: what sample.py's KVCache does. `advance(T)` gives the positions (T) or (B, T) of the new tokens; each of
-        its `layers` has `append(k, v)` for the keys and values (B, K, S, D) to attend to, and in `mask` (B, 1, T, S)
-        what is added to the scores, None for each to see all up to itself. The logits are then the last token's alone,
-        (B, 1, V).
+        its `layers` has `append(k, v)`, which takes the new keys and values (B, K, T, D) and gives all to attend to,
+        (B, K, S, D), and in `mask` (B, 1, T, S) what is added to the scores, or None where T = S: each sees all up to
+        itself. The logits are then the last token's alone, (B, 1, V).
         """
         T = tokens.size(1)
         if cache is None and T > self.config.block_size:
@@ -269,7 +272,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(positions)
         else:
-            rotation = self.cos[positions], self.sin[positions]  # (T, 1, D), or with a cache (B, T, 1, D)
+            rotation = self.cos[positions], self.sin[positions]  # (T, 1, D), or (B, T, 1, D)
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -297,8 +300,8 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations to train on one of T tokens: 6 N + 12 L H D T, Chowdhery et al. 2022, appendix B.
 
-        N leaves out embeddings that are only looked up. Activation checkpointing's second forward is not counted: it is
-        the price, not the work.
+        L is n_layer; the N parameters leave out embeddings that are only looked up. Activation checkpointing's second
+        forward is not counted: it is the price, not the work.
         """
         config = self.config
         looked_up = ([self.wpe] if self.wpe is not None else []) + ([] if config.tie_embeddings else [self.wte])

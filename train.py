@@ -238,8 +238,8 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Bring the singular values of each of the matrices (N, R, C) near 1 and leave their directions as they are.
 
     Five steps of a Newton-Schulz iteration, in bfloat16 on a GPU: Jordan et al. 2024, "Muon", with the coefficients
-    found there. The values end between 0.7 and 1.2, which does as well as 1; those below a thousandth of the matrix's
-    norm end lower.
+    found there. The values end between 0.68 and 1.2, which does as well as 1; those below 0.0015 of the matrix's norm
+    end lower.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.mT if x.size(1) > x.size(2) else x
@@ -253,8 +253,9 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal before it moves the matrices: Jordan et al. 2024.
 
-    An update's root mean square is 0.2, which is about AdamW's, so that their learning rates and weight decay can be
-    the same: Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2. Each rank orthogonalises a share.
+    An update's root mean square is 0.2 of the learning rate, which is about AdamW's, so that their learning rates and
+    weight decay can be the same: Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2. Each rank
+    orthogonalises a share.
     """
 
     def __init__(self, model: GPT, settings: TrainConfig, ranks: "Ranks"):
