@@ -231,7 +231,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialisation, as nanoGPT has it; projections that end in the stream get 1 / sqrt(their number) of it.
+        """GPT-2's initialisation, as nanoGPT has it; projections that end in the stream get 1 / sqrt(how many) of it.
 
         In qwen3 these, and a head of its own, start at zero: each block begins as the identity.
         """
