@@ -146,7 +146,7 @@ def rotate(x, rotation):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Several queries share a key and a value (Ainslie et al. 2023); queries and keys are normalised, then rotated."""
+    """Groups of queries share a key and a value (Ainslie et al. 2023); queries and keys are normalised and rotated."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -206,7 +206,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2**31  # more need indices of 64 bits, slower on a GPU; for the backward pass all are kept anyway
+LOGITS_AT_ONCE = 2**31  # more need indices of 64 bits, slower on a GPU; parts do not save memory
 
 
 class GPT(nn.Module):

@@ -4,7 +4,7 @@ torchrun --standalone --nproc_per_node=8 train.py config/qwen3_124m.py
 The data: python prepare_data.py fineweb-10b-gpt2 (20.8 GB); or add --dataset=NAME for text of yours.
 Not yet run to its end. The rates are the best of a few tried on one H200, torch 2.11, 2026-11-22, with --dataset=books
 --batch_tokens=65536 --max_steps=175 --warmup_steps=20: validation loss 4.660 on unseen books. A run so short does
-better with other momenta and rotary angles: README.md has them.
+better with another warm-up, Muon rate, momenta and rotary angles: README.md has them.
 """
 
 out_dir = "out/qwen3_124m"
