@@ -5,7 +5,7 @@ door to the Hugging Face layout. Names are GPT-2's own, where it has the part. R
 Unsupervised Multitask Learners"; Yang et al. 2025, "Qwen3 Technical Report", of which this is the dense model.
 
 Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads, K heads of keys and values, D head size,
-V vocabulary.
+V vocabulary. Layers take and return x (B, T, C) unless they say otherwise.
 """
 
 import json

@@ -374,7 +374,7 @@ class Ranks:
             except (Failure, OSError) as error:
                 failure = error
         if self.any(failure is not None):
-            raise failure or SystemExit(1)
+            raise failure or Failure("")
 
 
 @contextlib.contextmanager

@@ -41,7 +41,8 @@ class Failure(Exception):
 def exit_codes(one_voice: bool = False):
     """Within this, an expected error ends the program with its message and exit code instead of a traceback.
 
-    one_voice: of the processes that torchrun starts only the first speaks, for an error that all of them have.
+    one_voice: of the processes that torchrun starts only the first speaks, for an error that all of them have. Nor does
+    another one speak whose Failure has no message, for an error that the first alone knows.
     """
     try:
         yield
@@ -54,7 +55,7 @@ def exit_codes(one_voice: bool = False):
     else:
         return
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or not one_voice:
+    if rank == "0" or (message and not one_voice):
         who = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
         print(f"{who}: {message}", file=sys.stderr, flush=True)
     else:

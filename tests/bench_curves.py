@@ -27,9 +27,9 @@ QWEN3 = "config/qwen3_124m.py --warmup_steps=45 --eval_interval=25 --rope_theta=
 SHORT = f"{QWEN3} --muon_momentum=0.85 --beta1=0.8 --muon_learning_rate=5.6e-3"
 RUNS = {  # a label: what train.py gets beside SAME
     "gpt2, AdamW, 1e-3": f"{GPT2} --warmup_steps=100 --learning_rate=1e-3 --min_lr=1e-4",
-    "gpt2, AdamW, 1.4e-3, longer warm-up": f"{GPT2} --warmup_steps=200 --learning_rate=1.4e-3 --min_lr=1.4e-4",
+    "gpt2, AdamW, tuned": f"{GPT2} --warmup_steps=450 --learning_rate=3.9e-3 --min_lr=3.9e-4 --grad_clip=0.25",
     "qwen3, Muon, 168 steps": f"{SHORT} --max_steps=168",
-    "qwen3, Muon, 175 steps": f"{SHORT} --max_steps=175",
+    "qwen3, Muon, 211 steps": f"{SHORT} --max_steps=211",
     "qwen3, Muon, 700 steps": f"{QWEN3} --max_steps=700",
 }
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run
 
 import config
-from train import TrainConfig
+from train import Ranks, TrainConfig
 
 RECIPES = sorted((ROOT / "config").glob("[!_]*.py"))
 
@@ -178,10 +179,18 @@ def test_the_other_scripts_refuse_bad_settings(tmp_path, script, option, message
 
 
 @pytest.mark.parametrize("rank, said, waits", [("0", True, []), ("1", False, [10])])
-def test_the_first_rank_speaks_before_another_ends(rank, said, waits, monkeypatch, capsys):
+@pytest.mark.parametrize("whose", ["an error of all", "an error of the first alone"])
+def test_the_first_rank_speaks_before_another_ends(whose, rank, said, waits, monkeypatch, capsys):
+    def fail():
+        raise config.Failure("n_layer is 0")
+
     waited = []
     monkeypatch.setattr(config.time, "sleep", waited.append)
+    monkeypatch.setattr(Ranks, "any", lambda ranks, flag: True)
     monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as ended:
-        config.load(TrainConfig, ["--n_layer=0"])
+    with pytest.raises(SystemExit) as ended, config.exit_codes():
+        if whose == "an error of all":
+            config.load(TrainConfig, ["--n_layer=0"])
+        else:
+            Ranks(int(rank), 2, torch.device("cpu")).first_alone(fail)
     assert ended.value.code == 2 and ("n_layer" in capsys.readouterr().err) == said and waited == waits
