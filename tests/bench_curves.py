@@ -4,7 +4,7 @@
     python tests/bench_curves.py                                  draw tests/curves.png again from tests/curves.json
 
 All runs of a seed see the same tokens in the same order, and all are scored on the same validation windows. A second is
-one of training: starting, compiling and evaluating are left out.
+one of training, by the median time of a step: starting, compiling and evaluating are left out.
 """
 
 import json

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import prepare_data
 import train
 
 torch.set_num_threads(1)  # the models here are so small that two threads would mostly wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts hear Ctrl-C, though a shell's `&` had it ignored
 
 ROOT = Path(__file__).parent.parent
 
