@@ -1,66 +1,68 @@
-"""Files that survive: each is whole or absent, knows its own checksum, and belongs to one run at a time."""
+"""Checkpoints: files that prove their own integrity, and hold a model with its tokenizer.
+
+A checkpoint holds nested dicts and lists of tensors and plain types only, so nothing in it can run
+code. A run's folder has `latest.pt`, with the optimizers' state, and `best.pt`, without.
+"""
 
 import hashlib
-import os
 import pickle
-import secrets
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from config import IN_USE, NO_CHECKPOINT, Failure
+import torch
+
+import files
+import hf
+from config import NO_CHECKPOINT, Failure
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+from tokenizer_files import HF_FILES, load_hf_tokenizer
+
+FORMAT_VERSION = 1  # a checkpoint without one is older; this version reads these, too
 
 
 def save(path: Path, state: dict):
-    """Write `state`, nested dicts and lists of tensors and plain types, with its own checksum."""
-    import torch  # only here and below, so that a file can be locked without waiting for it
-
-    with atomic_file(path) as file:
+    """Write `state` with its checksum. Raises OSError, and then leaves the file that was there."""
+    with files.atomic_file(path) as file:
         try:
             torch.save(state | {"checksum": checksum(state)}, file)
-        except RuntimeError as error:  # torch's own writer hides the system's reason, a full disk as a rule
-            raise OSError(f"{path} could not be written; is the disk full? ({str(error).splitlines()[0]})") from None
+        except RuntimeError as error:  # torch hides the system's reason, mostly a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} could not be written; is the disk full? ({reason})") from None
 
 
 def load(path: Path) -> dict:
-    """Read what `save` wrote, tensors on the CPU. Nothing in the file can run code. Raises Failure."""
-    import torch
-
+    """Read what `save` wrote, tensors on the CPU. Raises Failure where it is missing or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Failure(f"there is no checkpoint {path}; to make one, train a model first", NO_CHECKPOINT) from None
-    except Exception as error:  # torch raises many types for what is cut, changed, or not a checkpoint at all
+        hint = "train a model first: python train.py config/small.py"
+        raise Failure(f"there is no checkpoint {path}; {hint}", NO_CHECKPOINT) from None
+    except Exception as error:  # torch raises many types for a cut, changed or foreign file
         reason = str(error).split("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):  # whose text tells how to run code from the file
-            reason = "it holds something else than tensors and plain types"
-        raise Failure(f"{path} is not a checkpoint, or is damaged: {reason}", NO_CHECKPOINT) from None
+        if isinstance(error, pickle.UnpicklingError):  # its text says how to run the code inside
+            reason = "it holds more than tensors and plain types"
+        raise Failure(
+            f"{path} is not a checkpoint, or is damaged: {reason}", NO_CHECKPOINT
+        ) from None
     if not isinstance(state, dict) or state.pop("checksum", "none") != checksum(state):
-        raise Failure(f"{path} is damaged: what it holds does not match its checksum", NO_CHECKPOINT)
+        message = f"{path} is damaged: its content does not match its checksum"
+        raise Failure(message, NO_CHECKPOINT)
+    if state.get("format_version", 0) not in range(FORMAT_VERSION + 1):
+        version = (
+            f"has format_version {state['format_version']}; this version reads {FORMAT_VERSION}"
+        )
+        raise Failure(f"{path} {version}", NO_CHECKPOINT)
     return state
-
-
-def restore_model(state: dict, path: Path):
-    """The GPT of a checkpoint's state. Raises Failure where an older version, with other weights, wrote it."""
-    from model import GPTConfig, empty_model
-
-    try:
-        model = empty_model(GPTConfig(**state["model_config"]))
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError):
-        raise Failure(f"{path} was written by an older version, and this one cannot read it", NO_CHECKPOINT) from None
-    return model
 
 
 def checksum(state) -> str:
     """SHA-256 over every name and value in `state`, tensors by type, shape and bytes."""
-    import torch
-
     digest = hashlib.sha256()
 
     def visit(value):
-        """Add `value`, and what is in it, to the digest."""
+        """Add `value`, and all inside it, to the digest."""
         if isinstance(value, dict):
             for key in value:
                 digest.update(f"{key!r}:".encode())
@@ -71,7 +73,8 @@ def checksum(state) -> str:
                 visit(item)
         elif isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)}:".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(data.view(torch.uint8).numpy())
         else:
             digest.update(f"{value!r};".encode())
 
@@ -79,54 +82,81 @@ def checksum(state) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator:
-    """A binary file that stands under `path` only once all of it has reached the disk."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+def model_state(model: GPT, tokenizer: Tokenizer) -> dict:
+    """The part of a checkpoint from which `restore_model` and `restore_tokenizer` rebuild both."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model_config": asdict(model.config),
+        "model": model.state_dict(),
+        "tokenizer": tokenizer.record() | {"text": tokenizer.to_text()},
+    }
+
+
+def restore_model(state: dict, path: Path) -> GPT:
+    """The model of a loaded checkpoint; `path` is for the message of a Failure."""
     try:
-        with open(partial, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        if os.name == "posix":  # the new name itself is kept by the folder; Windows has no handle for that
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        partial.unlink(missing_ok=True)
+        model = GPT(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise Failure(f"{path} does not fit this version: {reason}", NO_CHECKPOINT) from None
+    return model
 
 
-@contextmanager
-def locked(path: Path, in_use: str = "") -> Iterator:
-    """Hold the lock file `path` for this process alone; the system drops the lock with the process, however that ends.
+def restore_tokenizer(state: dict) -> Tokenizer:
+    """The tokenizer of a loaded checkpoint."""
+    return Tokenizer.from_record(state["tokenizer"], state["tokenizer"]["text"])
 
-    in_use: the message of the Failure where another process holds it; "" = wait until that one is done.
+
+def open_model(name: str, out_dir: str) -> tuple[GPT, Tokenizer]:
+    """The model that `name` means, and its tokenizer. Raises Failure.
+
+    name: a .pt file, a run's folder, "" for the newest run in out_dir, a folder in Hugging Face's
+    layout, or a model on the Hub. What was opened is printed to standard error.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        is_waiting = False
-        while not lock(file):
-            if in_use:
-                raise Failure(in_use, IN_USE)
-            if not is_waiting:
-                print(f"waiting for another process that holds {path}", flush=True)
-            is_waiting = True
-            time.sleep(0.1)
-        yield
+    path = Path(name).expanduser()
+    is_on_hub = name in files.HUB_NAMES or (files.hub_repo(name) and not path.parent.is_dir())
+    if (path / "config.json").exists() or (is_on_hub and not path.exists()):
+        return open_hf(name)
+    path = newest_checkpoint(path if name else None, Path(out_dir))
+    state = load(path)
+    model, tokenizer = restore_model(state, path), restore_tokenizer(state)
+    loss = f", validation loss {state['val_loss']:.4f} at step {state.get('val_step', '?')}"
+    print(f"{path}: step {state['step']}{loss}", file=sys.stderr)
+    return model, tokenizer
 
 
-def lock(file) -> bool:
-    """Lock an open file until it is closed; return whether that worked, as no other process has it."""
-    try:
-        if os.name == "posix":
-            import fcntl
+def is_hf_name(name: str) -> bool:
+    """Whether `name` can be a model in Hugging Face's layout: a folder, or one on the Hub."""
+    return bool(files.hub_repo(name)) or (name != "" and Path(name).expanduser().is_dir())
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+def hf_folder(name: str) -> Path:
+    """The folder of a model in Hugging Face's layout, downloaded where it is on the Hub."""
+    return files.model_folder(name, hf.FILES + HF_FILES, hf.is_complete)
+
+
+def open_hf(name: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
+    """A model in Hugging Face's layout and its tokenizer. Raises Failure."""
+    folder = hf_folder(name)
+    model, tokenizer = hf.load(folder, dropout), load_hf_tokenizer(folder, name)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{folder}: {count / 1e6:.0f}M parameters", file=sys.stderr)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} entries, the model {model.config.vocab_size}"
+        raise Failure(f"{folder}: the tokenizer has {sizes}: they do not belong together")
+    return model, tokenizer
+
+
+def newest_checkpoint(path: Path | None, out_dir: Path) -> Path:
+    """A .pt file, or a run's latest.pt or else best.pt; without `path` the newest of all runs."""
+    if path and (path.is_file() or path.suffix == ".pt"):
+        return path
+    checkpoints = []
+    for folder in [path] if path else out_dir.expanduser().glob("*/"):
+        both = [folder / "latest.pt", folder / "best.pt"]  # a young run has best.pt only
+        checkpoints += [file for file in both if file.exists()][:1]
+    if not checkpoints:
+        hint = "train a model first: python train.py config/small.py"
+        raise Failure(f"{path or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)
+    return max(checkpoints, key=lambda file: file.stat().st_mtime)

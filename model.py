@@ -1,122 +1,172 @@
-"""GPT-2 and Qwen3, whole: tokens in, the loss or the logits out.
+"""GPT-2 and Qwen3, from tokens to loss or logits.
 
-Read from the top: the configuration, attention and MLP of GPT-2 and then of Qwen3, the block, the model, and last the
-door to the Hugging Face layout. Names are GPT-2's own, where it has the part. Radford et al. 2019, "Language Models are
-Unsupervised Multitask Learners"; Yang et al. 2025, "Qwen3 Technical Report", of which this is the dense model.
+Read from the top: the configuration, the attention and MLP of GPT-2, then those of Qwen3, the
+block, and the model. Names are GPT-2's own where it has the part. Radford et al. 2019, "Language
+Models are Unsupervised Multitask Learners"; Yang et al. 2025, "Qwen3 Technical Report" (the dense
+model).
 
-Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads, K heads of keys and values, D head size,
-V vocabulary. Layers take and return x (B, T, C) unless they say otherwise.
+Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads of queries, K heads of keys and
+values, D head size, V vocabulary. A layer takes and returns x (B, T, C) unless it says otherwise.
 """
 
-import json
+import hashlib
 import math
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
-class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 124M's. The fields after bias are for qwen3 alone."""
+class ModelShape:
+    """What a user chooses of a model's shape. The defaults are GPT-2 124M's."""
 
-    arch: str = "gpt2"  # or qwen3
-    vocab_size: int = 50257  # tokens a model can name
-    block_size: int = 1024  # the longest context, in tokens
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0  # share of activations zeroed in training
-    bias: bool = True  # in gpt2's linear layers and layer norms
-    n_kv_head: int = 0  # heads of keys and values, each for n_head / n_kv_head queries; 0 = n_head
-    head_size: int = 0  # 0 = n_embd / n_head
-    intermediate_size: int = 0  # width of the MLP; 0 = 8/3 n_embd, up to a multiple of 64: as many weights as in gpt2
-    rope_theta: float = 10000.0  # pair i of a head turns by rope_theta ** (-2 i / head_size) a token
-    tie_embeddings: bool = True  # the head has the weights of wte, as in gpt2
+    arch: str = "gpt2"  # gpt2 or qwen3
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads of a block
+    n_embd: int = 768  # width of the residual stream
+    block_size: int = 1024  # longest context, in tokens
+    dropout: float = 0.0  # share of activations set to zero in training
+    bias: bool = True  # gpt2: biases in linear layers and layer norms
+    n_kv_head: int = 0  # qwen3: heads of keys and values, each for several queries; 0 = n_head
+    head_size: int = 0  # qwen3: width of a head; 0 = n_embd / n_head
+    intermediate_size: int = 0  # qwen3: width of the MLP; 0 = 8/3 n_embd, rounded up to 64s
+    rope_theta: float = 10000.0  # qwen3: pair i of a head turns rope_theta ** (-2 i / D) per token
+    tie_embeddings: bool = True  # the head has the token embedding's weights; gpt2 always
 
-    def __post_init__(self):
+    def check_shape(self):
+        """Raise ValueError where no model can have this shape."""
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"arch is {self.arch!r} and must be one of {', '.join(ARCHITECTURES)}")
+        minimum = dict(n_layer=1, n_head=1, n_embd=1, block_size=1)
+        minimum |= dict(n_kv_head=0, head_size=0, intermediate_size=0)
+        for name, low in minimum.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)} and must be at least {low}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout} and must be at least 0 and below 1")
         if self.n_embd % self.n_head and not self.head_size:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_size = self.head_size or self.n_embd // self.n_head
-        wide = 4 * self.n_embd if self.arch == "gpt2" else math.ceil(self.n_embd * 8 / 3 / 64) * 64
-        self.intermediate_size = self.intermediate_size or wide
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        chosen = (self.n_kv_head, self.head_size * self.n_head, self.intermediate_size, self.tie_embeddings)
-        if self.arch == "gpt2" and chosen != (self.n_head, self.n_embd, 4 * self.n_embd, True):
-            raise ValueError("n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only")
-        if self.head_size % 2 and self.arch == "qwen3":
-            raise ValueError(f"head_size {self.head_size} is odd, and rotary positions turn pairs")
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(
+                f"n_head {self.n_head} must be a multiple of n_kv_head {self.kv_heads}"
+            )
         if not 1 <= self.rope_theta < math.inf:
             raise ValueError(f"rope_theta is {self.rope_theta} and must be at least 1")
+        if self.arch == "qwen3" and self.head_width % 2:
+            raise ValueError(f"head_size {self.head_width} must be even: RoPE rotates pairs")
+        widths = (self.kv_heads, self.n_head * self.head_width, self.mlp_width)
+        gpt2_widths = (self.n_head, self.n_embd, 4 * self.n_embd)
+        if self.arch == "gpt2" and not (widths == gpt2_widths and self.tie_embeddings):
+            names = "n_kv_head, head_size, intermediate_size and tie_embeddings"
+            raise ValueError(f"{names} can be chosen for qwen3 only")
+
+    @property
+    def kv_heads(self) -> int:
+        """K: heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """D: the size of a head."""
+        return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP. Qwen3's has three matrices; 8/3 gives it as many weights as GPT-2's."""
+        if self.intermediate_size:
+            return self.intermediate_size
+        return 4 * self.n_embd if self.arch == "gpt2" else round_up(self.n_embd * 8 / 3, 64)
+
+
+@dataclass
+class GPTConfig(ModelShape):
+    """A shape and the size of the vocabulary: all that a model is built from. Raises ValueError."""
+
+    vocab_size: int = 50257  # tokens the model can name
+
+    def __post_init__(self):
+        self.check_shape()
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: a multiple of 64, which matrix units multiply much faster than 50257."""
-        return math.ceil(self.vocab_size / 64) * 64
+        """Rows of the embedding: GPUs multiply multiples of 64 much faster than 50257."""
+        return round_up(self.vocab_size, 64)
 
 
-def attend(q, k, v, dropout, cache=None):
-    """Each token gathers from itself and those before it: q (B, T, H, D), k and v (B, T, K, D) to (B, T, H * D).
+def round_up(size: float, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
 
-    cache: that of one layer, as GPT.forward says. Vaswani et al. 2017, section 3.2.
+
+class Linear(nn.Linear):
+    """torch's, with empty weights: GPT.init_weights or a checkpoint fills them."""
+
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    """torch's, with empty weights."""
+
+    def reset_parameters(self):
+        pass
+
+
+def attend(q, k, v, dropout: float, cache=None):
+    """Causal attention of q (B, T, H, D) to k and v (B, T, K, D); returns (B, T, H * D).
+
+    cache: one layer of a KVCache, see GPT.next_logits. Vaswani et al. 2017, section 3.2.
     """
-    q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, D), and (B, K, T, D) twice
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) and twice (B, K, T, D)
     if cache is not None:
         k, v = cache.append(k, v)  # (B, K, S, D)
-    mask = None if cache is None else cache.mask  # None: each token sees itself and what comes before it, and T = S
-    is_grouped = k.size(1) != q.size(1)
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=is_grouped)
-    return y.transpose(1, 2).flatten(2)  # the heads side by side again
+    mask = None if cache is None else cache.mask  # without one, token t sees the tokens up to t
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=k.size(1) != q.size(1)
+    )
+    return y.transpose(1, 2).flatten(2)  # (B, T, H * D)
 
 
-# ---- GPT-2's halves of a block
+# GPT-2: the two halves of a block
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention; the positions are in x already."""
+    """Multi-head attention. Positions are already in x."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation=None, cache=None):  # rotation: only GroupedQueryAttention has one
-        B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head) for y in self.c_attn(x).split(C, dim=2))
+    def forward(self, x, rope=None, cache=None):  # rope is Qwen3's
+        q, k, v = (y.unflatten(2, (self.n_head, -1)) for y in self.c_attn(x).chunk(3, dim=2))
         y = attend(q, k, v, self.dropout if self.training else 0.0, cache)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """The feed-forward half: four times wider, GELU in its tanh form, and back. Hendrycks & Gimpel 2016."""
+    """Feed-forward: four times wider, GELU in its tanh form, and back. Hendrycks & Gimpel 2016."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
-# ---- Qwen3's
+# Qwen3: the same two halves
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root of the mean square, in fp32. Zhang & Sennrich 2019."""
+    """Divides x by the root of its mean square, in fp32. Zhang & Sennrich 2019."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -126,72 +176,85 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6).type_as(x)
 
 
-def rotation_tables(config: GPTConfig):
-    """Cosines and sines of the angle by which each position turns each pair of a head, both (block_size, 1, D).
+def rope_cache(config: GPTConfig):
+    """Cosine and sine of each position's angle for each pair of a head, both (block_size, 1, D).
 
-    The sine is negative for the first of a pair.
+    At position p pair i turns by the angle p * rope_theta ** (-2 i / D). The tables hold each angle
+    twice, for both members of a pair, and the sine is negative for the first.
     """
-    positions, even = torch.arange(config.block_size)[:, None, None], torch.arange(0, config.head_size, 2)
-    angles = positions * config.rope_theta ** (-even / config.head_size)
-    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    positions = torch.arange(config.block_size)[:, None, None]  # (block_size, 1, 1)
+    exponents = -torch.arange(0, config.head_width, 2) / config.head_width  # (D / 2)
+    angles = positions * config.rope_theta**exponents  # (block_size, 1, D / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x, rotation):
-    """Turn the pairs (i, i + D / 2) of x (B, T, H, D): a query times a key then depends on how far apart they are.
+def apply_rope(x, rope):
+    """Rotate each pair (a, b) = (x[i], x[i + D / 2]) of x (B, T, H, D) by its angle.
 
-    Su et al. 2021.
+    (a, b) becomes (a cos - b sin, b cos + a sin). A query at p times a key at s then depends on
+    p - s alone: attention sees distances, not positions. Su et al. 2021.
     """
-    cos, sin = rotation
-    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)  # (a, b) to (a cos - b sin, b cos + a sin)
+    cos, sin = rope  # (T, 1, D) or (B, T, 1, D)
+    swapped = x.roll(x.size(-1) // 2, -1)  # the other member of each pair
+    return (x * cos + swapped * sin).type_as(x)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Groups of queries share a key and a value (Ainslie et al. 2023); queries and keys are normalised and rotated."""
+    """Several queries share a key and a value (Ainslie et al. 2023); q and k are normalised.
+
+    Three layers, not one as in GPT-2: joining their gradients takes a GPU longer than two more
+    matrix products.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.head_size, self.dropout = config.head_size, config.dropout
-        queries, keys = config.n_head * config.head_size, config.n_kv_head * config.head_size
-        # not one layer as in gpt2: to join the gradients for it would take a GPU longer than two more products do
-        self.c_q = nn.Linear(config.n_embd, queries, bias=False)
-        self.c_k = nn.Linear(config.n_embd, keys, bias=False)
-        self.c_v = nn.Linear(config.n_embd, keys, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)  # Dehghani et al. 2023
-        self.c_proj = nn.Linear(queries, config.n_embd, bias=False)
+        self.head_width = config.head_width
+        self.dropout = config.dropout
+        self.c_q = Linear(config.n_embd, config.n_head * config.head_width, bias=False)
+        self.c_k = Linear(config.n_embd, config.kv_heads * config.head_width, bias=False)
+        self.c_v = Linear(config.n_embd, config.kv_heads * config.head_width, bias=False)
+        self.q_norm = RMSNorm(config.head_width)  # Dehghani et al. 2023
+        self.k_norm = RMSNorm(config.head_width)
+        self.c_proj = Linear(config.n_head * config.head_width, config.n_embd, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation, cache=None):
-        q, k, v = (layer(x).unflatten(2, (-1, self.head_size)) for layer in (self.c_q, self.c_k, self.c_v))
-        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
+    def forward(self, x, rope, cache=None):
+        layers = (self.c_q, self.c_k, self.c_v)
+        q, k, v = (layer(x).unflatten(2, (-1, self.head_width)) for layer in layers)
+        q = apply_rope(self.q_norm(q), rope)  # (B, T, H, D)
+        k = apply_rope(self.k_norm(k), rope)  # (B, T, K, D)
         y = attend(q, k, v, self.dropout if self.training else 0.0, cache)
         return self.resid_dropout(self.c_proj(y))
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward half: one wide layer opens and shuts the gates of another. Shazeer 2020."""
+    """Feed-forward: one wide layer gates another. Shazeer 2020."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate = nn.Linear(config.n_embd, config.intermediate_size, bias=False)  # Qwen3's gate_proj
-        self.c_fc = nn.Linear(config.n_embd, config.intermediate_size, bias=False)  # its up_proj
-        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.c_gate = Linear(config.n_embd, config.mlp_width, bias=False)  # Qwen3's gate_proj
+        self.c_fc = Linear(config.n_embd, config.mlp_width, bias=False)  # its up_proj
+        self.c_proj = Linear(config.mlp_width, config.n_embd, bias=False)  # its down_proj
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
 
 
-# ---- the model
+# The model
 
 ARCHITECTURES = {"gpt2": (CausalSelfAttention, MLP), "qwen3": (GroupedQueryAttention, SwiGLU)}
+MAX_LOGITS = 2**31  # computed at once: more need 64-bit indices, which are slower on a GPU
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    return nn.LayerNorm(config.n_embd, bias=config.bias) if config.arch == "gpt2" else RMSNorm(config.n_embd)
+    is_gpt2 = config.arch == "gpt2"
+    return nn.LayerNorm(config.n_embd, bias=config.bias) if is_gpt2 else RMSNorm(config.n_embd)
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each added to the stream that it reads through a norm."""
+    """Attention, then the MLP: each reads the residual stream through a norm and adds to it."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -201,321 +264,131 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = mlp(config)
 
-    def forward(self, x, rotation=None, cache=None):
-        x = x + self.attn(self.ln_1(x), rotation, cache)
+    def forward(self, x, rope=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, cache)
         return x + self.mlp(self.ln_2(x))
 
 
-LOGITS_AT_ONCE = 2**31  # more need indices of 64 bits, slower on a GPU; parts do not save memory
-
-
 class GPT(nn.Module):
-    """The whole model: embeddings, n_layer blocks, a last norm, and the head. Only gpt2 embeds positions."""
+    """Embeddings, n_layer blocks, a last norm and the head. Its weights are empty at first.
+
+    model(tokens, targets)            (B, T)     training: each target's loss
+    model.logits(tokens)              (B, T, V)  every position's scores for the next token
+    model.next_logits(tokens, cache)  (B, V)     decoding: the last position's, with a KV cache
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # True: keep each block's input only and compute the rest again
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # token embeddings
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None  # positions
+        self.activation_checkpointing = (
+            False  # True: keep block inputs only, compute the rest again
+        )
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)  # of tokens
+        self.wpe = Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if config.arch == "qwen3":  # tables, as a compiler would compute every angle again in each layer
-            for name, table in zip(("cos", "sin"), rotation_tables(config)):
-                self.register_buffer(name, table, persistent=False)
+        if config.arch == "qwen3":  # kept: a compiler would compute all angles anew in each layer
+            cos, sin = rope_cache(config)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         self.ln_f = make_norm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight  # Press & Wolf 2017
-        self.init_weights()
+
+    def forward(self, tokens, targets):
+        """The cross-entropy of each target in nats, (B, T) in fp32; 0 where a target is -1.
+
+        tokens, targets: integers (B, T), targets[:, t] the token that follows tokens[:, t].
+        No logits are returned, so a compiler need not keep them.
+        """
+        x = self.hidden(tokens).flatten(0, 1)  # (B * T, C)
+        parts = 1 + targets.numel() * self.config.padded_vocab_size // MAX_LOGITS
+        pairs = zip(x.chunk(parts), targets.flatten().chunk(parts))
+        return torch.cat([self.cross_entropy(*pair) for pair in pairs]).view_as(targets)
+
+    def cross_entropy(self, x, targets):
+        """The loss of targets (N) given x (N, C), in nats, (N)."""
+        logits = self.lm_head(x).float()  # (N, padded V)
+        if self.config.vocab_size < logits.size(-1):  # masking the padding beats cutting it off
+            is_padding = torch.arange(logits.size(-1), device=x.device) >= self.config.vocab_size
+            logits = logits.masked_fill(is_padding, -math.inf)
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+    def logits(self, tokens):
+        """The scores of each next token, (B, T, V) in fp32, for tokens (B, T)."""
+        return self.lm_head(self.hidden(tokens)).float()[..., : self.config.vocab_size]
+
+    def next_logits(self, tokens, cache):
+        """The scores of the token after the last of tokens (B, T), (B, V) in fp32.
+
+        cache (sample.py's KVCache) keeps the keys and values of earlier tokens. `advance(T)` gives
+        the positions of the new tokens, (T) or (B, T). Each of its `layers` has `append(k, v)`,
+        which takes the new (B, K, T, D) and returns all to attend to, (B, K, S, D), and `mask`
+        (B, 1, T, S), added to the scores, or None where T = S and attention is simply causal.
+        """
+        x = self.hidden(tokens, cache)[:, -1]  # (B, C)
+        return self.lm_head(x).float()[:, : self.config.vocab_size]
+
+    def hidden(self, tokens, cache=None):
+        """What the head reads, (B, T, C), for tokens (B, T)."""
+        T = tokens.size(1)
+        if cache is None and self.config.block_size < T:
+            raise ValueError(f"{T} tokens exceed the block_size of {self.config.block_size}")
+        positions = cache.advance(T) if cache else torch.arange(T, device=tokens.device)
+        x = self.wte(tokens)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        rope = None if self.wpe is not None else (self.cos[positions], self.sin[positions])
+        x = self.drop(x)
+        for layer, block in enumerate(self.h):
+            if self.activation_checkpointing and self.training:  # Chen et al. 2016
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache.layers[layer] if cache else None)
+        return self.ln_f(x)
 
     @torch.no_grad()
-    def init_weights(self):
-        """GPT-2's initialisation, as nanoGPT has it; projections that end in the stream get 1 / sqrt(how many) of it.
+    def init_weights(self, seed: int):
+        """Draw the initial weights, on the CPU: each depends on (seed, its name) alone.
 
-        In qwen3 these, and a head of its own, start at zero: each block begins as the identity.
+        GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
+        projections into the residual stream. Qwen3's projections, and a head of its own, start at
+        zero, so that each block begins as the identity.
         """
         is_gpt2 = self.config.arch == "gpt2"
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight") and is_gpt2:
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                draw_normal(parameter, 0.02 / math.sqrt(2 * self.config.n_layer), seed, name)
             elif name.endswith((".bias", "c_proj.weight", "lm_head.weight")):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                draw_normal(parameter, 0.02, seed, name)
             elif "ln_" in name or "_norm." in name:
                 nn.init.ones_(parameter)
             else:
                 raise ValueError(f"{name} has no initialiser")
 
     def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """The blocks' two-dimensional weights, each with how many matrices it stacks: c_attn three."""
-        weights = [(name, weight) for name, weight in self.h.named_parameters() if weight.dim() == 2]
-        return [(weight, 3 if "c_attn" in name else 1) for name, weight in weights]
-
-    def forward(self, tokens, targets=None, cache=None, reduction="mean"):
-        """Score each next token.
-
-        tokens: (B, T) integers. Without targets the result is the logits (B, T, V) in fp32. targets: (B, T) integers,
-        the tokens that follow, -1 where nothing is asked. With them it is their mean cross-entropy in nats, or with
-        reduction="none" that of each, (B, T); no logits are returned, so a compiler need not keep them.
-        cache: what sample.py's KVCache does. `advance(T)` gives the positions (T) or (B, T) of the new tokens; each of
-        its `layers` has `append(k, v)`, which takes the new keys and values (B, K, T, D) and gives all to attend to,
-        (B, K, S, D), and in `mask` (B, 1, T, S) what is added to the scores, or None where T = S: each sees all up to
-        itself. The logits are then the last token's alone, (B, 1, V).
-        """
-        T = tokens.size(1)
-        if cache is None and T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than the block_size of {self.config.block_size}")
-        positions = torch.arange(T, device=tokens.device) if cache is None else cache.advance(T)
-        x, rotation = self.wte(tokens), None  # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe(positions)
-        else:
-            rotation = self.cos[positions], self.sin[positions]  # (T, 1, D), or (B, T, 1, D)
-        x = self.drop(x)
-        for layer, block in enumerate(self.h):
-            if self.activation_checkpointing and self.training:  # Chen et al. 2016
-                x = checkpoint(block, x, rotation, use_reentrant=False)
-            else:
-                x = block(x, rotation, None if cache is None else cache.layers[layer])
-        if cache is not None:
-            x = x[:, -1:]
-        x = self.ln_f(x)
-        if targets is None:
-            return self.lm_head(x).float()[..., : self.config.vocab_size]  # the padding cut off
-        parts = 1 + targets.numel() * self.config.padded_vocab_size // LOGITS_AT_ONCE
-        inputs = x.flatten(0, 1).chunk(parts), targets.flatten().chunk(parts)
-        losses = torch.cat([self.cross_entropy(*part) for part in zip(*inputs)])
-        return losses.sum() / (targets >= 0).sum() if reduction == "mean" else losses.view_as(targets)
-
-    def cross_entropy(self, x, targets):
-        """How well the head finds targets (N) from x (N, C): the cross-entropy of each in nats, 0 where one is -1."""
-        logits = self.lm_head(x).float()
-        if self.config.vocab_size < logits.size(-1):  # the padding is made impossible; cut off, it would cost more
-            padding = torch.arange(logits.size(-1), device=x.device) >= self.config.vocab_size
-            logits = logits.masked_fill(padding, -math.inf)
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+        """The blocks' two-dimensional weights, and how many matrices each stacks: c_attn three."""
+        weights = [(name, weight) for name, weight in self.h.named_parameters()]
+        return [(w, 3 if "c_attn" in name else 1) for name, w in weights if w.dim() == 2]
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations to train on one of T tokens: 6 N + 12 L H D T, Chowdhery et al. 2022, appendix B.
+        """Floating-point operations to train on one of T tokens: 6 N + 12 n_layer H D T.
 
-        L is n_layer; the N parameters leave out embeddings that are only looked up. Activation checkpointing's second
-        forward is not counted: it is the price, not the work.
+        Chowdhery et al. 2022, appendix B. The N parameters leave out embeddings that are only
+        looked up. The second forward of activation checkpointing is not counted.
         """
         config = self.config
-        looked_up = ([self.wpe] if self.wpe is not None else []) + ([] if config.tie_embeddings else [self.wte])
-        parameters = sum(p.numel() for p in self.parameters()) - sum(table.weight.numel() for table in looked_up)
-        return 6 * parameters + 12 * config.n_layer * config.n_head * config.head_size * T
+        count = sum(parameter.numel() for parameter in self.parameters())
+        count -= self.wpe.weight.numel() if self.wpe is not None else 0
+        count -= 0 if config.tie_embeddings else self.wte.weight.numel()
+        return 6 * count + 12 * config.n_layer * config.n_head * config.head_width * T
 
 
-class WithoutInit(TorchFunctionMode):
-    """Within this, torch.nn.init draws no random numbers."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
-            return kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-def empty_model(config: GPTConfig) -> GPT:
-    """A model whose weights are yet to be filled in; drawing random ones first would take seconds."""
-    with WithoutInit():
-        return GPT(config)
-
-
-# ---- Hugging Face: a folder with config.json and safetensors in the layout of transformers' GPT2LMHeadModel or
-# Qwen3ForCausalLM. Neither has the padding of the vocabulary, and a tied head is stored once. GPT-2's has the four
-# linear layers of a block as (in, out), where ours are (out, in), and always has biases.
-
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-QWEN3_NAMES = {  # ours and theirs
-    "wte": "model.embed_tokens",
-    "ln_1": "input_layernorm",
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
-    "attn.c_proj": "self_attn.o_proj",
-    "ln_2": "post_attention_layernorm",
-    "mlp.c_gate": "mlp.gate_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-    "ln_f": "model.norm",
-    "lm_head": "lm_head",
-}
-SHAPE = {  # how config.json calls the fields of a GPTConfig
-    "gpt2": {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")} | {"block_size": "n_positions"},
-    "qwen3": {
-        "vocab_size": "vocab_size",
-        "block_size": "max_position_embeddings",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "n_embd": "hidden_size",
-        "n_kv_head": "num_key_value_heads",
-        "head_size": "head_dim",
-        "intermediate_size": "intermediate_size",
-    },
-}
-FIXED = {  # what it says of every model that is known here
-    "gpt2": {
-        "architectures": ["GPT2LMHeadModel"],
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "tie_word_embeddings": True,
-    },
-    "qwen3": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "rope_scaling": None,
-    },
-}
-MOST_JSON_BYTES = 64 * 2**20
-
-
-@torch.no_grad()
-def load_hf(folder: Path, dropout: float = 0.0) -> GPT:
-    """The model in a Hugging Face folder, in fp32 whatever the file has, read a tensor at a time.
-
-    Raises OSError or ValueError where it isn't whole, or is neither a GPT-2 nor a Qwen3.
-    """
-    safetensors = import_safetensors()
-    model = empty_model(read_config(folder, dropout))
-    model.wte.weight[model.config.vocab_size :] = 0  # the padding
-    missing = in_hf_layout(model)
-    for path in weight_files(folder):
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    place = missing.pop(name, None)
-                    if place is None:  # older files of GPT-2 lack the prefix
-                        place = missing.pop(f"transformer.{name}", None)
-                    if place is not None:  # they also hold the mask (attn.bias), and some files a tied head
-                        fill(place, file.get_tensor(name), name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path.name} is damaged: {error}") from None
-    if missing:
-        raise ValueError(f"the files of weights lack {next(iter(missing))}, and {len(missing) - 1} more of the model's")
-    return model
-
-
-def fill(place: torch.Tensor, tensor: torch.Tensor, name: str):
-    """Copy a tensor of a file into a weight. Raises ValueError where it doesn't fit."""
-    if tensor.shape != place.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and config.json wants {tuple(place.shape)}")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name} is of type {tensor.dtype}, and only float32, bfloat16 and float16 are known here")
-    place.copy_(tensor)
-
-
-def in_hf_layout(model: GPT) -> dict[str, torch.Tensor]:
-    """The model's weights under their names in a file and in the shapes they have there: views, to read or to fill."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name in ("wte.weight", "lm_head.weight"):
-        if name in weights:  # a tied head has no name of its own
-            weights[name] = weights[name][: model.config.vocab_size]  # the rest is padding
-    if model.config.arch == "gpt2":
-        return {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in weights.items()}
-    layout = {}
-    for name, weight in weights.items():
-        layer, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
-        layout[f"{f'model.layers.{layer}.' if layer else ''}{QWEN3_NAMES[part]}.weight"] = weight
-    return layout
-
-
-def read_config(folder: Path, dropout: float) -> GPTConfig:
-    """The shape in a folder's config.json. Raises ValueError where it is of another architecture."""
-    facts = read_json(folder / "config.json")
-    arch = str(facts.get("model_type", "gpt2"))
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"model_type is {arch!r}, and only {' and '.join(ARCHITECTURES)} are known here")
-    for name, value in FIXED[arch].items():
-        if name != "architectures" and facts.get(name, value) != value:
-            raise ValueError(f"{name} is {facts[name]!r}, and only {arch}'s {value!r} is known here")
-    shape = {name: facts.get(theirs) for name, theirs in SHAPE[arch].items()}
-    if not all(type(value) is int and value > 0 for value in shape.values()):
-        raise ValueError(f"config.json gives no whole shape: {shape}")
-    if arch == "qwen3":
-        rope = facts.get("rope_parameters") or {"rope_theta": facts.get("rope_theta")}  # of transformers 5; before
-        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-        if rope not in ({"rope_theta": theta}, {"rope_theta": theta, "rope_type": "default"}):
-            raise ValueError(f"the rotary positions are {rope}, and only those of rope_type 'default' are known here")
-        if type(theta) not in (int, float) or type(facts.get("tie_word_embeddings", False)) is not bool:
-            raise ValueError(f"rope_theta is {theta!r}, tie_word_embeddings {facts.get('tie_word_embeddings')!r}")
-        shape |= {"rope_theta": theta, "tie_embeddings": facts.get("tie_word_embeddings", False)}
-    return GPTConfig(arch=arch, dropout=dropout, **shape)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The folder's file of weights, or the several that its index names."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists() or not index.exists():
-        return [whole]
-    weight_map = read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index.name} names {name!r}, which is no file of weights beside it")
-    return [folder / name for name in sorted(set(names))]
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises OSError, or ValueError where it is something else."""
-    if path.stat().st_size > MOST_JSON_BYTES:
-        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; more than {MOST_JSON_BYTES:,} are not read")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return facts
-
-
-@torch.no_grad()
-def save_hf(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.float32):
-    """Write `model` as a Hugging Face folder, each file whole or not at all.
-
-    end_of_text: the tokenizer's, with which texts begin and end. dtype: of the weights, torch.float32 or bfloat16.
-    """
-    safetensors, config = import_safetensors(), model.config
-    state = in_hf_layout(model)
-    if config.arch == "gpt2" and not config.bias:
-        biased = [name.removesuffix(".weight") for name in state if "wte" not in name and "wpe" not in name]
-        state |= {f"{name}.bias": torch.zeros(state[f"{name}.weight"].size(-1)) for name in biased}  # (in, out) there
-    state = {name: weight.to("cpu", dtype).contiguous() for name, weight in state.items()}
-    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    facts = {"model_type": config.arch, **FIXED[config.arch], **ends, "torch_dtype": str(dtype).removeprefix("torch.")}
-    facts |= {theirs: getattr(config, name) for name, theirs in SHAPE[config.arch].items()}
-    if config.arch == "qwen3":
-        facts |= {"rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config.json", facts), ("generation_config.json", ends)):
-        text = json.dumps(content, indent=2) + "\n"
-        replace_file(folder / name, lambda partial: partial.write_text(text, encoding="utf-8"))  # noqa: B023
-    save = safetensors.torch.save_file
-    replace_file(folder / "model.safetensors", lambda partial: save(state, partial, metadata={"format": "pt"}))
-
-
-def replace_file(path: Path, write):
-    """Have write(partial) make a file, which then takes the place of `path`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def import_safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("Hugging Face folders need the package safetensors: pip install safetensors") from None
-    return safetensors
+def draw_normal(parameter, std: float, seed: int, name: str):
+    """Fill a parameter with normal numbers that follow from (seed, name)."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))

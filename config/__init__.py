@@ -1,8 +1,9 @@
-"""Settings: the defaults, then recipe files from left to right, then --name=value; the later wins.
+"""Settings, expected errors and progress: what every script shares.
 
-A recipe is data and never code. It is read with `ast` and holds `name = value` lines, numbers with arithmetic among
-them (8 * 1024), a docstring and comments. All three scripts take the same grammar, and this file also turns their
-expected errors into one line and an exit code.
+A script has one dataclass of settings. Their values are the defaults, then those of recipe files
+from left to right, then `--name=value`; later wins. A recipe is data, never code: it is read with
+`ast` and holds a docstring, comments and lines `name = value`, where numbers may be arithmetic (8 *
+1024).
 """
 
 import ast
@@ -30,7 +31,7 @@ OPERATORS = {
 
 
 class Failure(Exception):
-    """An expected error: its text is for the user, and `code` is the exit code."""
+    """An expected error: its text is for the user, `code` is the exit code."""
 
     def __init__(self, message: str, code: int = BAD_INPUT):
         super().__init__(message)
@@ -38,11 +39,12 @@ class Failure(Exception):
 
 
 @contextlib.contextmanager
-def exit_codes(one_voice: bool = False):
-    """Within this, an expected error ends the program with its message and exit code instead of a traceback.
+def exit_on_failure(only_first_rank: bool = False):
+    """An expected error inside ends the program with one message and its exit code, not a
+    traceback.
 
-    one_voice: of the processes that torchrun starts only the first speaks, for an error that all of them have. Nor does
-    another one speak whose Failure has no message, for an error that the first alone knows.
+    only_first_rank: all processes of torchrun have the same error, so only rank 0 prints it. A
+    Failure without a message is the error of another rank, which prints it.
     """
     try:
         yield
@@ -55,30 +57,47 @@ def exit_codes(one_voice: bool = False):
     else:
         return
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or (message and not one_voice):
-        who = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
-        print(f"{who}: {message}", file=sys.stderr, flush=True)
+    if rank == "0" or (message and not only_first_rank):
+        source = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
+        print(f"{source}: {message}", file=sys.stderr, flush=True)
     else:
-        time.sleep(10)  # the first process to end has torchrun kill the others; let that be the one that speaks
+        time.sleep(
+            10
+        )  # torchrun kills the others once one ends: the rank that prints must be first
     sys.exit(code)
 
 
-def load(settings_class, arguments: list[str], positional: str = ""):
-    """Return an instance of the dataclass `settings_class`, checked.
+@contextlib.contextmanager
+def safe_standard_streams():
+    """Have text survive the console's encoding, and a closed pipe end the program quietly."""
+    if sys.stdin:
+        sys.stdin.reconfigure(errors="surrogateescape")
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        yield
+        sys.stdout.flush()  # inside, where an error still has its exit code
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
+        if not isinstance(error, BrokenPipeError):  # as of `| head`
+            raise
 
-    positional: the field that takes an argument without `--` that is not a recipe.
-    Ends the program with code 2 where an argument, a recipe or a value doesn't fit, and after `--help`.
+
+def load(settings_class, arguments: list[str], positional: str = ""):
+    """Return a checked instance of the dataclass `settings_class`.
+
+    positional: the field set by an argument that is neither a recipe nor `--name=value`. Ends the
+    program with code 2 where an argument, a recipe or a value does not fit; with 0 after --help.
     """
-    with exit_codes(one_voice=True):
+    with exit_on_failure(only_first_rank=True):
         if {"--help", "-h"} & set(arguments):
             print(help_text(settings_class, positional))
             sys.exit(0)
         values = {}
-        for argument in sorted(arguments, key=lambda a: a.startswith("-")):  # recipes first, in the order given
-            found = parse_argument(settings_class, argument, positional)
-            if not argument.startswith("-") and positional in found and positional in values:
-                raise Failure(f"{argument}: {positional} is {values[positional]} already; one at a time")
-            values |= found
+        for argument in sorted(arguments, key=lambda a: a.startswith("-")):  # recipes come first
+            new = parse_argument(settings_class, argument, positional)
+            if not argument.startswith("-") and positional in new and positional in values:
+                raise Failure(f"{argument}: {positional} is already {values[positional]}")
+            values |= new
         settings = settings_class(**values)
         try:
             settings.check()
@@ -87,13 +106,32 @@ def load(settings_class, arguments: list[str], positional: str = ""):
         return settings
 
 
+def check_bounds(settings, low: float, names: str):
+    """Raise ValueError unless each of the named settings is at least `low` and below 2^63."""
+    for name in names.split():
+        if not low <= getattr(settings, name) < 2**63:
+            value = getattr(settings, name)
+            raise ValueError(f"{name} is {value} and must be at least {low} (and below 2^63)")
+
+
+def check_choices(settings, **choices: str):
+    """Raise ValueError unless each named setting is its default or one of its choices."""
+    for name, words in choices.items():
+        value, allowed = getattr(settings, name), words.split()
+        if value not in allowed and value != getattr(type(settings), name):
+            raise ValueError(f"{name} is {value!r} and must be one of {', '.join(allowed)}")
+
+
 def parse_argument(settings_class, argument: str, positional: str) -> dict:
+    """The settings that one argument of the command line gives. Raises Failure."""
     if argument.endswith(".py") and not argument.startswith("-"):
         return read_recipe(Path(argument), settings_class)
     if not argument.startswith("-"):
         if positional:
             return {positional: argument}
-        raise Failure(f"{argument}: a recipe is a file like config/small.py, a setting is --name=value")
+        raise Failure(
+            f"{argument}: a recipe is a file like config/small.py, a setting is --name=value"
+        )
     name, equals, text = argument.removeprefix("--").partition("=")
     if not argument.startswith("--") or not equals:
         raise Failure(f"{argument}: write --name=value (--help lists the names)")
@@ -101,11 +139,14 @@ def parse_argument(settings_class, argument: str, positional: str) -> dict:
 
 
 def read_recipe(path: Path, settings_class) -> dict:
-    """Return the settings in a recipe file. Raises Failure at file:line for whatever is not `name = value`."""
+    """The settings of a recipe file. Raises Failure at file:line for all that is not `name =
+    value`.
+    """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in Path(__file__).parent.glob("[!_]*.py")], 1)
+        recipes = [p.name for p in Path(__file__).parent.glob("[!_]*.py")]
+        near = difflib.get_close_matches(path.name, recipes, 1)
         hint = f"; did you mean config/{near[0]}?" if near else ""
         raise Failure(f"{path}: there is no such recipe{hint}") from None
     except (SyntaxError, ValueError) as error:
@@ -113,17 +154,23 @@ def read_recipe(path: Path, settings_class) -> dict:
     values = {}
     for node in tree.body:
         where = f"{path}:{node.lineno}"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            continue  # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+        if is_docstring(node):
+            continue
+        is_plain = isinstance(node, ast.Assign) and len(node.targets) == 1
+        if not is_plain or not isinstance(node.targets[0], ast.Name):
             raise Failure(f"{where}: a recipe holds only lines of the form name = value")
         name = node.targets[0].id
         values[name] = convert(settings_class, name, evaluate(node.value, where), where)
     return values
 
 
+def is_docstring(node: ast.stmt) -> bool:
+    is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return is_constant and isinstance(node.value.value, str)
+
+
 def evaluate(node, where: str):
-    """The value of a literal, or of arithmetic on numbers."""
+    """The value of a literal, or of arithmetic on numbers. Raises Failure."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
         return node.value
     try:
@@ -139,43 +186,73 @@ def evaluate(node, where: str):
 
 
 def convert(settings_class, name: str, value, where: str, from_text: bool = False):
-    """Check that `name` is a setting and that `value` has its type; `from_text` for a value as typed in a shell."""
-    kinds = {field.name: field.type for field in dataclasses.fields(settings_class)}
-    if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, 1)
-        raise Failure(f"{where}: there is no setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    kind = kinds[name]
-    if from_text and kind is not str:
+    """`value` as the type of setting `name`; from_text: as typed in a shell. Raises Failure."""
+    types = {field.name: field.type for field in dataclasses.fields(settings_class)}
+    if name not in types:
+        near = difflib.get_close_matches(name, types, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise Failure(f"{where}: there is no setting {name}{hint}")
+    wanted = types[name]
+    if from_text and wanted is not str:
         text = {"true": "True", "false": "False"}.get(value, value)
-        with contextlib.suppress(SyntaxError, Failure):  # what is no value stays text, which the check below refuses
+        with contextlib.suppress(
+            SyntaxError, Failure
+        ):  # text that is no value fails the check below
             value = evaluate(ast.parse(text.strip(), mode="eval").body, where)
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits or (kind is float and not math.isfinite(value)):
-        words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string in quotes"}
-        raise Failure(f"{where}: {name} is {words[kind]}, not {value!r}")
-    return kind(value)
+    fits = type(value) is wanted or (wanted is float and type(value) is int)
+    if not fits or (wanted is float and not math.isfinite(value)):
+        words = {int: "a whole number", float: "a finite number", bool: "True or False"}
+        description = words.get(wanted, "a string in quotes")
+        raise Failure(f"{where}: {name} is {description}, not {value!r}")
+    return wanted(value)
 
 
 def help_text(settings_class, positional: str) -> str:
-    """Every setting with its default, its meaning taken from the comment behind the field."""
-    source = inspect.getsource(settings_class)
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.MULTILINE))
-    script = Path(sys.argv[0]).name
+    """Every setting with its default and its meaning, which is the comment behind the field."""
+    sources = [inspect.getsource(c) for c in settings_class.__mro__ if dataclasses.is_dataclass(c)]
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", "\n".join(sources), re.MULTILINE))
     first = f"{positional.upper()} " if positional else ""
-    usage = f"usage: python {script} {first}[recipe.py ...] [--name=value ...]"
+    usage = f"usage: python {Path(sys.argv[0]).name} {first}[recipe.py ...] [--name=value ...]"
     lines = [usage, "", inspect.getdoc(settings_class), ""]
     for field in dataclasses.fields(settings_class):
-        lines.append(f"  --{field.name}={field.default!r}".ljust(36) + f"  {comments.get(field.name, '')}")
+        setting = f"  --{field.name}={field.default!r}"
+        lines.append(f"{setting:<36}  {comments.get(field.name, '')}")
     return "\n".join(lines)
 
 
-def find_device(name: str):
-    """The torch.device that a `device` setting means: auto is cuda, else mps, else cpu. Raises Failure."""
-    import torch  # only here, so that settings are read without waiting for it
+class Progress:
+    """One line on standard error: how far a long task is, and the time left. Silent for two
+    seconds.
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there[name]:
-        raise Failure(f"device {name}: torch {torch.__version__} finds none here; --device=auto takes what there is")
-    return torch.device(name)
+    Use it as `with Progress("bytes read", total) as progress: progress.update(done)`; total 0 =
+    unknown.
+    """
+
+    def __init__(self, unit: str, total: int):
+        self.unit, self.total = unit, total
+        self.started = time.monotonic()
+        self.is_terminal = sys.stderr.isatty()
+        self.next_time = self.started + 2
+        self.is_shown = False
+
+    def __enter__(self):
+        return self
+
+    def update(self, done: int):
+        """Show that `done` of the total are done, at most five times per second; to a file, every
+        10 s.
+        """
+        now = time.monotonic()
+        if now < self.next_time:
+            return
+        self.next_time, self.is_shown = now + (0.2 if self.is_terminal else 10), True
+        line = f"{done:,} {self.unit}"
+        if self.total:
+            seconds = (now - self.started) * (self.total - done) / max(done, 1)
+            line = f"{done:,} of {self.total:,} {self.unit}, {seconds:.0f} s left"
+        start, end = ("\r", "") if self.is_terminal else ("", "\n")
+        print(f"{start}{line:<70}", end=end, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        if self.is_shown and self.is_terminal:
+            print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,324 @@
+"""The dataset: shards of tokens on disk, the windows cut from them, and the order of the windows.
+
+A dataset is a folder of shards with a `manifest.json` that describes them and `tokenizer.tiktoken`.
+prepare_data.py writes it with ShardWriter; train.py and evaluate.py open it as a Dataset.
+
+The invariant: which windows a step sees is a pure function of (seed, step), see `window_order`. So
+a run resumes exactly, on any number of ranks, and the order of the data needs no state and no
+memory.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from config import Failure
+from files import mix64, read_json, sha256_of
+from tokenizer import Tokenizer
+from tokenizer_files import load_tokenizer
+
+SPLITS = ("train", "val")
+MANIFEST_VERSION = 1  # a manifest without format_version is older
+SHARD = {"file": str, "tokens": int, "sha256": str}
+SPLIT = {"documents": int, "bytes": int, "tokens": int, "shards": [SHARD]}
+MANIFEST = {  # what each manifest has at least, and of which type
+    "made_from": dict,  # settings of prepare_data.py
+    "tokenizer": {"name": str, "sha256": str},
+    "splits": {"train": SPLIT, "val": SPLIT},
+    "documents": dict,  # in, kept, and dropped by reason
+    "bytes": dict,
+}
+
+# The shard format of llm.c, modded-nanogpt and the public FineWeb shards: 256 little-endian int32
+# of header (magic, version, number of tokens, zeros), then the tokens.
+HEADER_INTS = 256
+FORMATS = {  # type of a token: magic and version
+    np.dtype("<u2"): (20240520, 1),
+    np.dtype("<u4"): (20240801, 7),
+}
+
+
+class Dataset:
+    """A dataset's folder, opened: `train` and `val` are Windows, `tokenizer` is its Tokenizer.
+
+    tokenizer, pattern: of a folder without a manifest (shards made elsewhere), as tokenizer.load
+    takes them. Raises Failure.
+    """
+
+    def __init__(self, folder: Path, block_size: int, tokenizer: str = "", pattern: str = ""):
+        self.folder = folder
+        self.block_size = block_size
+        self.manifest = {}
+        if (folder / "manifest.json").exists():
+            self.manifest = read_manifest(folder)
+            self.tokenizer = read_tokenizer(folder, self.manifest["tokenizer"])
+        elif tokenizer:
+            self.tokenizer = load_tokenizer(tokenizer, pattern, folder.parent / "downloads")
+        else:
+            hint = "name the tokenizer of its shards, as in --tokenizer=gpt2"
+            raise Failure(f"{folder} has no manifest.json; {hint}")
+        self.train = self.open_split("train")
+        self.val = self.open_split("val")
+
+    def open_split(self, split: str) -> "Windows":
+        """The windows of one split. Raises Failure where its shards are not those of the
+        manifest.
+        """
+        paths = self.shard_paths(split)
+        windows = Windows(paths, self.block_size, self.tokenizer.vocab_size)
+        records = self.manifest["splits"][split]["shards"] if self.manifest else []
+        for path, shard, record in zip(paths, windows.shards, records):
+            if len(shard) != record["tokens"]:
+                count = record["tokens"]
+                raise Failure(f"{path} has {len(shard)} tokens, but manifest.json says {count}")
+        if not len(windows):
+            size = self.block_size + 1
+            message = f"less than one window of {size} {split} tokens; lower block_size"
+            raise Failure(f"{self.folder} has {message}")
+        return windows
+
+    def shard_paths(self, split: str) -> list[Path]:
+        """The shards of one split: those of the manifest, or by their names where there is none."""
+        if self.manifest:
+            records = self.manifest["splits"][split]["shards"]
+            return [self.folder / record["file"] for record in records]
+        names = (f"*_{split}_[0-9]*.bin", f"*_{split}.bin")
+        paths = sorted(path for name in names for path in self.folder.glob(name))
+        if not paths:
+            raise Failure(f"{self.folder} has no shards named like fineweb_{split}_000001.bin")
+        return paths
+
+    def fingerprint(self) -> str:
+        """Identifies the data: a hash of the manifest's shard records, or of names and sizes."""
+        splits = self.manifest.get("splits", {})
+        shards = [split["shards"] for split in splits.values()]
+        if not shards:
+            paths = self.train.paths + self.val.paths
+            shards = [(path.name, path.stat().st_size) for path in paths]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+    def tokens_per_byte(self) -> float:
+        """Tokens per byte of validation text; nan without a manifest."""
+        if not self.manifest:
+            return math.nan
+        split = self.manifest["splits"]["val"]
+        return split["tokens"] / split["bytes"]
+
+    def documents(self, split: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield where each document begins, and its tokens, int64, the end-of-text before it
+        first.
+        """
+        windows, end_of_text = getattr(self, split), self.tokenizer.end_of_text
+        for path, shard in zip(windows.paths, windows.shards):
+            starts = np.union1d(0, np.flatnonzero(np.asarray(shard) == end_of_text))
+            for start, end in zip(starts, [*starts[1:], len(shard)]):
+                tokens = np.asarray(shard[start:end], dtype=np.int64)
+                if tokens[0] != end_of_text:  # a document that began in the shard before
+                    tokens = np.insert(tokens, 0, end_of_text)
+                yield f"{path}, token {start}", tokens
+
+
+class Windows:
+    """The windows of one split: block_size + 1 tokens each, from the last token of the one before.
+
+    The extra token is the last target, so every token but a shard's first is a target once. No
+    window crosses from one shard into the next.
+    """
+
+    def __init__(self, paths: list[Path], block_size: int, vocab_size: int):
+        self.paths = paths
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.shards = [open_shard(path) for path in paths]
+        counts = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
+        self.first_windows = np.cumsum([0, *counts])  # of each shard; the last is the number of all
+
+    def __len__(self) -> int:
+        return int(self.first_windows[-1])
+
+    def count_tokens(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """The windows with these indices, int64 (len(indices), block_size + 1). Raises Failure."""
+        windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
+        shards = np.searchsorted(self.first_windows, indices, side="right") - 1
+        for row, shard in enumerate(shards):
+            start = (indices[row] - self.first_windows[shard]) * self.block_size
+            windows[row] = self.shards[shard][start : start + self.block_size + 1]
+            if windows[row].max() >= self.vocab_size:
+                raise Failure(
+                    f"{self.paths[shard]} has token {windows[row].max()}, but its tokenizer has "
+                    f"{self.vocab_size} entries; name the tokenizer it was made with (--tokenizer)"
+                )
+        return windows
+
+
+# The order of the windows
+
+
+def window_order(seed: int, first: int, count: int, windows: int) -> np.ndarray:
+    """The windows at positions first..first+count-1 of a run, int64 (count,).
+
+    Position p lies in epoch p // windows. Each epoch is a shuffle of all windows, keyed by (seed,
+    epoch): each window is seen exactly once per epoch.
+    """
+    positions = np.arange(first, first + count)
+    epochs = positions // windows
+    indices = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        is_now = epochs == epoch
+        key = hash_numbers(seed, int(epoch))
+        indices[is_now] = shuffle(positions[is_now] % windows, windows, key)
+    return indices
+
+
+def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
+    """What a shuffle of 0..count-1 has at `positions`, without ever holding the shuffle.
+
+    A Feistel network (Luby & Rackoff 1988) on numbers of an even count of bits. Each round maps the
+    halves (left, right) to (right, left ^ f(right)), which can be undone: left is got back by
+    another ^ f(right). So no two inputs meet, and all rounds together are a permutation, whatever f
+    is. Four rounds look random; six are used. A result of count or more is sent through again until
+    it is below (cycle walking, Black & Rogaway 2002): that still is a permutation, of 0..count-1.
+    """
+    half = np.uint64(max(1, math.ceil((count - 1).bit_length() / 2)))  # bits of a half
+    mask = np.uint64((1 << int(half)) - 1)
+    round_keys = mix64(np.arange(6, dtype=np.uint64) ^ np.uint64(key))
+
+    def permute(x):
+        left, right = x >> half, x & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (mix64(right ^ round_key) & mask)
+        return left << half | right
+
+    result = permute(positions.astype(np.uint64))
+    while (is_outside := result >= count).any():
+        result[is_outside] = permute(result[is_outside])
+    return result.astype(np.int64)
+
+
+def hash_numbers(*numbers: int) -> int:
+    """One 64-bit integer that depends on all of `numbers` and their order."""
+    result = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        result = mix64(result ^ mix64(np.array([number], dtype=np.uint64)))
+    return int(result[0])
+
+
+# Shards and the manifest
+
+
+def open_shard(path: Path) -> np.memmap:
+    """A shard's tokens, uint16 or uint32, mapped into memory. Raises Failure for a damaged file."""
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except FileNotFoundError:
+        raise Failure(f"{path} is missing; prepare the dataset again") from None
+    for dtype, magic_and_version in FORMATS.items():
+        if len(header) == HEADER_INTS and tuple(header[:2]) == magic_and_version:
+            tokens = (path.stat().st_size - header.nbytes) / dtype.itemsize
+            if tokens != header[2]:
+                message = f"says {header[2]} tokens but has {tokens:g}: it is damaged"
+                raise Failure(f"{path} {message}; prepare the dataset again")
+            return np.memmap(path, dtype=dtype, mode="r", offset=header.nbytes)
+    found, known = tuple(header[:2].tolist()), list(FORMATS.values())
+    raise Failure(f"{path} is not a shard: magic and version are {found}, not one of {known}")
+
+
+class ShardWriter:
+    """Writes the tokens of one split as shards of at most shard_tokens; use it in a `with`."""
+
+    def __init__(self, folder: Path, prefix: str, shard_tokens: int, vocab_size: int):
+        self.folder = folder
+        self.prefix = prefix
+        self.shard_tokens = shard_tokens
+        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.file = None  # the shard that is being written
+        self.records = []  # of finished shards, for the manifest
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.file:
+            self.file.close()
+
+    def add(self, tokens: np.ndarray):
+        """Append tokens, in as many shards as it takes."""
+        while len(tokens):
+            if not self.file:
+                self.start_shard()
+            room = self.shard_tokens - self.count
+            self.file.write(tokens[:room].astype(self.dtype).tobytes())
+            self.count += len(tokens[:room])
+            self.largest_id = max(self.largest_id, int(tokens[:room].max()))
+            tokens = tokens[room:]
+            if self.count == self.shard_tokens:
+                self.finish_shard()
+
+    def finish(self) -> list[dict]:
+        """Close the last shard; return the manifest's records of all."""
+        if self.file:
+            self.finish_shard()
+        return self.records
+
+    def start_shard(self):
+        path = self.folder / f"{self.prefix}_{len(self.records):06d}.bin"
+        self.file = open(path, "xb")  # noqa: SIM115  closed by finish_shard
+        self.file.write(bytes(4 * HEADER_INTS))
+        self.count = self.largest_id = 0
+
+    def finish_shard(self):
+        """Write the header, which makes the file a shard, and see it on the disk."""
+        header = np.array([*FORMATS[self.dtype], self.count], dtype="<i4")
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        path, self.file = Path(self.file.name), None
+        record = {"file": path.name, "tokens": self.count, "largest_id": self.largest_id}
+        self.records.append(record | {"sha256": sha256_of(path)})
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a dataset. Raises Failure where it is missing, damaged or of another kind."""
+    path = folder / "manifest.json"
+    try:
+        manifest = read_json(path)
+    except FileNotFoundError:
+        raise Failure(f"{path} is missing: {folder} is not a dataset of prepare_data.py") from None
+    if manifest.get("format_version", 0) not in range(MANIFEST_VERSION + 1):
+        version = manifest["format_version"]
+        raise Failure(f"{path} has format_version {version}; this version reads {MANIFEST_VERSION}")
+    if not has_layout(manifest, MANIFEST):
+        raise Failure(f"{path} is damaged: an entry is missing; prepare the dataset again")
+    return manifest
+
+
+def has_layout(value, layout) -> bool:
+    """Whether a value read from JSON has the entries and types that `layout` names."""
+    if isinstance(layout, dict):
+        is_dict = isinstance(value, dict) and layout.keys() <= value.keys()
+        return is_dict and all(has_layout(value[name], layout[name]) for name in layout)
+    if isinstance(layout, list):
+        return isinstance(value, list) and all(has_layout(item, layout[0]) for item in value)
+    return isinstance(value, layout)
+
+
+def read_tokenizer(folder: Path, record: dict) -> Tokenizer:
+    """The tokenizer of a dataset. Raises Failure where it is not the manifest's."""
+    path = folder / "tokenizer.tiktoken"
+    try:
+        text = path.read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        raise Failure(f"{path} is missing; prepare the dataset again") from None
+    if hashlib.sha256(text.encode()).hexdigest() != record["sha256"]:
+        raise Failure(f"{path} is not the one in manifest.json; prepare the dataset again")
+    return Tokenizer.from_record(record, text)

@@ -1,0 +1,122 @@
+"""What this machine can do: its device, number types, compiler, peak speed and memory."""
+
+import contextlib
+import ctypes
+import importlib.util
+import sys
+
+import torch
+
+from config import Failure
+
+PEAK_TFLOPS = {  # dense bfloat16, by the vendors' datasheets; the first name in the device's own
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a `device` setting: auto is cuda, else mps, else cpu. Raises Failure."""
+    is_available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device in is_available if is_available[device])
+    if not is_available[name]:
+        hint = "--device=auto takes what there is"
+        raise Failure(f"device {name}: torch {torch.__version__} finds none here; {hint}")
+    return torch.device(name)
+
+
+def best_dtype(device: torch.device) -> str:
+    """bfloat16 on a GPU that has units for it, float32 elsewhere."""
+    is_cuda = device.type == "cuda"
+    is_fast = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if is_fast else "float32"
+
+
+def autocast(device_type: str, dtype: str):
+    """Inside, matrix products are in bfloat16 if dtype says so; weights and norms stay in fp32."""
+    return torch.autocast(device_type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile is worth it here: an NVIDIA GPU not too old for triton."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and has_triton and torch.cuda.get_device_capability() >= (7, 0)
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next micro-step instead of giving it back.
+
+    Asking for the same pages again costs a small model on a CPU a quarter of its speed.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its maximum: blocks come from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is never given back
+
+
+def peak_flops(device: torch.device, dtype: str) -> float:
+    """FLOP/s that the device reaches at most; 0 where the table does not have it."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), 0.0)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB, on its GPU or else in all; 0 where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def fitting_micro_batch_size(model, sequences: int, block_size: int, dtype: str) -> int:
+    """The largest divisor of `sequences` whose forward and backward fit; 0 where not even 1 does.
+
+    sequences: a rank's share of a step. Tried uncompiled, which needs more memory than compiled. A
+    CPU is fastest when it works within its caches: about 1,024 tokens.
+    """
+    device = model.wte.weight.device
+    max_tokens = 65536 if device.type == "cuda" else 1024
+    max_size = min(sequences, max(1, max_tokens // block_size))
+    sizes = [size for size in range(max_size, 0, -1) if sequences % size == 0]
+    if device.type != "cuda":
+        return sizes[0]
+    return next((size for size in sizes if fits(model, size, block_size, dtype)), 0)
+
+
+def fits(model, sequences: int, block_size: int, dtype: str) -> bool:
+    """Whether a forward and a backward fit the GPU, beside 12 bytes per parameter.
+
+    These are kept for the optimizer's two moments and for data parallelism's copy of the gradients.
+    """
+    device = model.wte.weight.device
+    try:
+        bytes_kept = 12 * sum(parameter.numel() for parameter in model.parameters())
+        reserve = torch.empty(bytes_kept, dtype=torch.uint8, device=device)
+        tokens = torch.zeros(sequences, block_size, dtype=torch.int64, device=device)
+        with autocast(device.type, dtype):
+            loss = model(tokens, tokens).mean()
+        loss.backward()
+        del reserve
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

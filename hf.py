@@ -1,0 +1,231 @@
+"""GPT-2 and Qwen3 weights in Hugging Face's layout, in and out.
+
+A folder holds config.json and safetensors as transformers' GPT2LMHeadModel and Qwen3ForCausalLM
+write them. Their embeddings have no padding, and a tied head is stored once. GPT-2's linear layers
+are stored as (in, out) where ours are (out, in), and always have biases.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+import files
+from config import Failure
+from model import GPT, GPTConfig
+
+INDEX = "model.safetensors.index.json"  # names the files of a model that is stored in several
+FILES = ["config.json", "generation_config.json", "*.safetensors", INDEX]
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+QWEN3_NAMES = {  # our name: theirs
+    "wte": "model.embed_tokens",
+    "ln_1": "input_layernorm",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "attn.c_proj": "self_attn.o_proj",
+    "ln_2": "post_attention_layernorm",
+    "mlp.c_gate": "mlp.gate_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+    "ln_f": "model.norm",
+    "lm_head": "lm_head",
+}
+SHAPE_NAMES = {  # field of GPTConfig: its name in config.json
+    "gpt2": {"block_size": "n_positions"}
+    | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
+    "qwen3": {
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "n_kv_head": "num_key_value_heads",
+        "head_size": "head_dim",
+        "intermediate_size": "intermediate_size",
+    },
+}
+DERIVED = {"n_kv_head": "kv_heads", "head_size": "head_width", "intermediate_size": "mlp_width"}
+FIXED = {  # what config.json says of every supported model
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "rope_scaling": None,
+    },
+}
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether config.json and all files of weights are there. Raises Failure for a bad index."""
+    return all(path.is_file() for path in [folder / "config.json", *weight_files(folder)])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the file of weights in a folder, or the files that its index names."""
+    path = folder / "model.safetensors"
+    if path.exists() or not (folder / INDEX).exists():
+        return [path]
+    weight_map = files.read_json(folder / INDEX).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    for name in names:  # a path could lead out of the folder
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
+            raise Failure(f"{folder / INDEX} names {name!r}, and not a .safetensors file beside it")
+    return [folder / name for name in sorted(set(names))]
+
+
+@torch.no_grad()
+def load(folder: Path, dropout: float = 0.0) -> GPT:
+    """Return the model in a Hugging Face folder, in fp32. Raises Failure.
+
+    Tensors are read one at a time, so that memory holds the model and one tensor.
+    """
+    safetensors = require_safetensors()
+    model = GPT(read_config(folder, dropout))
+    for table in (model.wte, model.lm_head):
+        table.weight[model.config.vocab_size :] = 0  # the padding, which no file has
+    missing = hf_layout(model)
+    for path in weight_files(folder):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in sorted(file.keys()):
+                    fill(missing, name, file, path)
+        except FileNotFoundError:
+            raise Failure(f"{folder} has no {path.name}") from None
+        except safetensors.SafetensorError as error:
+            raise Failure(f"{path} is damaged: {error}") from None
+    if missing:
+        raise Failure(f"{folder} lacks {len(missing)} of the model's weights: {min(missing)} ...")
+    return model
+
+
+def save(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.float32):
+    """Write `model` as a Hugging Face folder, each file complete or not at all.
+
+    end_of_text: the token that begins and ends texts. dtype: torch.float32 or torch.bfloat16.
+    """
+    safetensors, config = require_safetensors(), model.config
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    shape = {
+        theirs: getattr(config, DERIVED.get(name, name))
+        for name, theirs in SHAPE_NAMES[config.arch].items()
+    }
+    if config.arch == "qwen3":
+        shape |= {"rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings}
+    kind = {"model_type": config.arch, "torch_dtype": str(dtype).removeprefix("torch.")}
+    weights = hf_layout(model)
+    if config.arch == "gpt2" and not config.bias:
+        weights |= zero_biases(weights)
+    weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / "config.json", kind | FIXED[config.arch] | ends | shape)
+    files.write_json(folder / "generation_config.json", ends)
+    with files.atomic_file(folder / "model.safetensors") as file:
+        try:
+            safetensors.torch.save_file(weights, file.name, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{folder} could not be written; is the disk full? ({error})") from None
+
+
+def read_config(folder: Path, dropout: float) -> GPTConfig:
+    """Return the shape in a folder's config.json. Raises Failure for another architecture."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Failure(f"{folder} has no config.json")
+    content = files.read_json(path)
+    arch = str(content.get("model_type", "gpt2"))
+    if arch not in FIXED:
+        raise Failure(f"{path}: model_type {arch!r} is not supported, only {' and '.join(FIXED)}")
+    for name, value in FIXED[arch].items():
+        if name != "architectures" and content.get(name, value) != value:
+            raise Failure(f"{path}: {name} {content[name]!r} is not supported, only {value!r}")
+    shape = {name: content.get(theirs) for name, theirs in SHAPE_NAMES[arch].items()}
+    if not all(type(value) is int and value > 0 for value in shape.values()):
+        raise Failure(f"{path}: sizes must be whole numbers above 0, not {shape}")
+    if arch == "qwen3":
+        tied = content.get("tie_word_embeddings", False)
+        if type(tied) is not bool:
+            raise Failure(f"{path}: tie_word_embeddings must be true or false, not {tied!r}")
+        shape |= {"rope_theta": read_rope_theta(content, path), "tie_embeddings": tied}
+    try:
+        return GPTConfig(arch=arch, dropout=dropout, **shape)
+    except ValueError as error:
+        raise Failure(f"{path}: {error}") from None
+
+
+def read_rope_theta(content: dict, path: Path) -> float:
+    """Return RoPE's base, from where transformers 5 or earlier versions write it."""
+    rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta")}
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    if rope not in ({"rope_theta": theta}, {"rope_theta": theta, "rope_type": "default"}):
+        raise Failure(f"{path}: RoPE {rope} is not supported, only rope_type 'default'")
+    if type(theta) not in (int, float):
+        raise Failure(f"{path}: rope_theta must be a number, not {theta!r}")
+    return theta
+
+
+def hf_layout(model: GPT) -> dict[str, torch.Tensor]:
+    """Return the weights by their names in a file, as views in the shapes they have there."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name in ("wte.weight", "lm_head.weight"):
+        if name in weights:  # a tied head has no name of its own
+            weights[name] = weights[name][: model.config.vocab_size]
+    if model.config.arch == "qwen3":
+        return {qwen3_name(name): weight for name, weight in weights.items()}
+    return {
+        f"transformer.{name}": weight.T if name.endswith(TRANSPOSED) else weight
+        for name, weight in weights.items()
+    }
+
+
+def qwen3_name(name: str) -> str:
+    """h.3.attn.c_q.weight is model.layers.3.self_attn.q_proj.weight."""
+    layer, part = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.weight", name).groups()
+    return f"{f'model.layers.{layer}.' if layer else ''}{QWEN3_NAMES[part]}.weight"
+
+
+def zero_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the biases of a file of GPT-2, which always has them."""
+    return {
+        name.replace(".weight", ".bias"): torch.zeros(weight.size(-1))
+        for name, weight in weights.items()
+        if not name.endswith((".wte.weight", ".wpe.weight"))
+    }
+
+
+def fill(missing: dict[str, torch.Tensor], name: str, file, path: Path):
+    """Copy a tensor of a file into the weight of that name, and remove the name from `missing`.
+
+    Skips what a model has not: older files hold attention masks (attn.bias), or a tied head.
+    """
+    ours = name if name in missing else f"transformer.{name}"  # older GPT-2 files have no prefix
+    if ours not in missing:
+        return
+    tensor, weight = file.get_tensor(name), missing.pop(ours)
+    if tensor.shape != weight.shape:
+        sizes = f"{tuple(tensor.shape)}, and config.json says {tuple(weight.shape)}"
+        raise Failure(f"{path}: {name} has shape {sizes}")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Failure(f"{path}: {name} is {tensor.dtype}; float32, bfloat16, float16 are supported")
+    weight.copy_(tensor)
+
+
+def require_safetensors():
+    """Return the package, or raise Failure."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise Failure("a Hugging Face folder needs a package: pip install safetensors") from None
+    return safetensors

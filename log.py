@@ -1,0 +1,95 @@
+"""What a run reports: the speed meter, `metrics.jsonl`, `loss.png` and the lines on the screen."""
+
+import contextlib
+import json
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from files import atomic_file
+
+
+class Meter:
+    """Speed, share of the hardware's peak, and time left, for the lines of the log.
+
+    Validation and checkpoints do not count for the speed but do for the time left; the first step,
+    which compiles, counts for neither.
+    """
+
+    def __init__(self, max_steps: int, step_tokens: int, flops_per_token: int, peak_flops: float):
+        self.max_steps = max_steps
+        self.step_tokens = step_tokens
+        self.peak_share = flops_per_token / peak_flops if peak_flops else 0.0  # per token/s
+        self.first_step = self.first_time = self.last_step = self.last_time = None
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The time inside does not count for the speed."""
+        started = time.monotonic()
+        yield
+        if self.last_time:
+            self.last_time += time.monotonic() - started
+
+    def measure(self, step: int) -> tuple[dict, list[str]]:
+        """The speed since the last call as values for metrics.jsonl and as words for the screen."""
+        now, values, words = time.monotonic(), {}, []
+        if self.first_time is None:
+            self.first_step, self.first_time = step, now
+        else:
+            speed = (step - self.last_step) * self.step_tokens / (now - self.last_time)
+            values["tokens_per_second"] = speed
+            words.append(f"{speed:,.0f} tokens/s")
+            if self.peak_share:
+                values["share_of_peak"] = speed * self.peak_share
+                words.append(f"{values['share_of_peak']:.1%} of peak")
+            seconds_per_step = (now - self.first_time) / (step - self.first_step)
+            seconds = round(seconds_per_step * (self.max_steps - step))
+            words.append(f"{timedelta(seconds=seconds)} left")
+        self.last_step, self.last_time = step, now
+        return values, words
+
+
+def append_metrics(folder: Path, **values):
+    """Add one line to metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, up to one that a killed run left half-written."""
+    records = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records.extend(map(json.loads, lines))
+    return records
+
+
+def cut_metrics(folder: Path, step: int):
+    """Drop the lines after `step`, at which a run continues."""
+    lines = [json.dumps(record) for record in read_metrics(folder) if record["step"] <= step]
+    with atomic_file(folder / "metrics.jsonl") as file:
+        file.write("".join(line + "\n" for line in lines).encode())
+
+
+def perplexity(loss: float) -> float:
+    """How many equally likely tokens the model hesitates between, on average: exp(loss)."""
+    return math.exp(min(loss, 700))  # exp of more exceeds a float
+
+
+def draw_losses(folder: Path) -> str:
+    """Draw metrics.jsonl as loss.png, if matplotlib is installed; return a line about it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "for a picture of the loss: pip install matplotlib"
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=folder.name)
+    records = read_metrics(folder)
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        axes.plot(*zip(*points), style, label=label, linewidth=1)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / "loss.png", dpi=120)
+    return f"the loss by step is drawn in {folder / 'loss.png'}"

@@ -1,0 +1,383 @@
+"""Reading: which files, in which order, in which formats and encodings, and what is refused."""
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import random
+import re
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import readers
+from config import BAD_INPUT, INPUT_OUTPUT, Failure
+from readers import Reader, Tally
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_parquet(path: Path, texts, name: str = "text") -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({name: texts}), path, row_group_size=2)
+    return path
+
+
+def json_lines(texts, name: str = "text") -> str:
+    return "".join(json.dumps({name: text}, ensure_ascii=False) + "\n" for text in texts)
+
+
+def read(source, **options) -> list[str]:
+    return [text for text, _ in Reader(str(source), **options)]
+
+
+def skipped(source, **options) -> Counter:
+    """What a reader counts that continues after errors."""
+    reader = Reader(str(source), on_error="skip", **options)
+    list(reader)
+    return reader.tally.documents
+
+
+def fails(message: str, source, code: int = BAD_INPUT, **options) -> str:
+    with pytest.raises(Failure, match=message) as failure:
+        read(source, **options)
+    assert failure.value.code == code and len(str(failure.value).splitlines()) <= 3
+    return str(failure.value)
+
+
+# ---- which files
+
+
+def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
+    visible = ("b.txt", "a.md", "q/z", "q/deeper/x.py", "c/1.txt")
+    for name in (*visible, ".hidden.txt", ".git/config", "q/.cache/x.txt"):
+        write(tmp_path / name, name)
+    reader = Reader(str(tmp_path))
+    assert [text for text, _ in reader] == ["a.md", "b.txt", "c/1.txt", "q/z", "q/deeper/x.py"]
+    assert reader.done == reader.total == sum(map(len, visible))
+
+
+@pytest.mark.parametrize(
+    "sources, expected",
+    [
+        ("a.txt", "a.txt"),
+        ("b.txt,a.txt", "b.txt a.txt"),
+        ("b.txt,,*.txt,b.txt,.", "b.txt [1].txt a.txt one,two.txt q/a.txt q/r/b.txt"),
+        ("?.txt,q/*", "a.txt b.txt q/a.txt q/r/b.txt"),
+        ("**/a.txt", "a.txt q/a.txt"),
+        ("q/**", "q/a.txt q/r/b.txt"),
+        ("one,two.txt", "one,two.txt"),
+        ("[1].txt", "[1].txt"),
+        ("q/.r/*,.a.txt", "q/.r/a.txt .a.txt"),
+        ("~/a.txt,~/q", "a.txt q/a.txt q/r/b.txt"),
+    ],
+)
+def test_patterns_name_each_file_once_and_in_order(tmp_path, monkeypatch, sources, expected):
+    visible = ("a.txt", "b.txt", "one,two.txt", "[1].txt", "q/a.txt", "q/r/b.txt")
+    for name in (*visible, ".a.txt", "q/.r/a.txt"):
+        write(tmp_path / name, name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read(sources) == expected.split()
+
+
+def test_a_list_may_be_longer_than_a_file_name(tmp_path):
+    files = [write(tmp_path / f"file {number}.txt", str(number)) for number in range(50)]
+    expected = [(str(number), str(path)) for number, path in enumerate(files)]
+    assert list(Reader(",".join(map(str, files)))) == list(Reader(files)) == expected
+
+
+def test_standard_input_is_a_source(monkeypatch):
+    program = "from readers import Reader; print(list(Reader('-', format='jsonl')))"
+    data = json_lines(["one", "two"]).encode()
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, input=data, stdout=-1, cwd=Path(readers.__file__).parent)
+    assert done.stdout.split(b"\n")[0] == b"[('one', '-:1'), ('two', '-:2')]"
+    monkeypatch.setattr(sys, "stdin", None)  # what the <&- of a shell makes of it
+    fails("--decontaminate=-: standard input is closed", "-", setting="decontaminate")
+
+
+def test_links_in_a_folder_are_not_followed(tmp_path):
+    write(tmp_path / "outside" / "secret.txt", "outside")
+    folder = write(tmp_path / "texts" / "inside.txt", "inside").parent
+    targets = [folder, "link4", tmp_path / "outside", "../outside/secret.txt", "link4", "none"]
+    for number, target in enumerate(targets):
+        (folder / f"link{number}").symlink_to(target)
+    assert read(folder) == ["inside"] and skipped(folder) == {"symbolic link": 6}
+    assert read(folder / "link3") == ["outside"]  # a link that is named is followed
+    assert read(folder / "**" / "*.txt") == ["inside"]
+    (folder / "inside.txt").unlink()
+    fails("an empty folder .6 symbolic links not followed", folder)
+    assert skipped(folder / "link[35]") == {"unreadable": 1}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["none.txt", "*.none", "a.txt,none", "**/none/*", "empty", "~no-user/a.txt", "**.none"],
+)
+def test_missing_files_are_refused(tmp_path, monkeypatch, source):
+    write(tmp_path / "a.txt", "text")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    missing = re.escape(source.split(",")[-1])
+    fails(f"--source={missing}: no such file", source)
+    fails(f"--source={missing}: no such file", source, on_error="skip")
+
+
+def test_a_file_that_cannot_be_opened_is_refused_or_skipped(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, name)
+    strict, lenient = Reader(str(tmp_path)), Reader(str(tmp_path), on_error="skip")
+    (tmp_path / "a").unlink()
+    with pytest.raises(Failure, match="a: No such file.*--on_error=skip") as failure:
+        list(strict)
+    assert failure.value.code == INPUT_OUTPUT
+    assert list(lenient) == [("b", str(tmp_path / "b"))]
+    assert lenient.tally.documents == {"unreadable": 1}
+
+
+# ---- formats
+
+
+def zst(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSORS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zst}
+CSV = 'text,number\r\nplain,1\r\n"two\r\nlines, and ""quoted""",2\r\n'
+ROWS = ["plain", 'two\r\nlines, and "quoted"']
+
+
+@pytest.mark.parametrize("suffix", ["", *COMPRESSORS])
+def test_each_format_is_read_in_each_compression(tmp_path, suffix):
+    compress = COMPRESSORS.get(suffix, bytes)
+    for name, text, documents in (
+        ("a.txt", "one\n", ["one\n"]),
+        ("README", CSV, [CSV]),
+        ("x.tar.py", json_lines("ab"), [json_lines("ab")]),
+        ("b.jsonl", json_lines(ROWS) + "\n \n" + json_lines(["é"]), [*ROWS, "é"]),
+        ("b.NDJSON", json_lines(ROWS).rstrip(), ROWS),
+        ("c.csv", CSV, ROWS),
+    ):
+        path = write(tmp_path / (name + suffix.upper()), compress(text.encode()))
+        reader = Reader(str(path))
+        assert [text for text, _ in reader] == documents
+        assert reader.done == reader.total == path.stat().st_size
+    joined = compress(b"two parts ") + compress(b"one after another")
+    assert read(write(tmp_path / f"joined{suffix}", joined)) == ["two parts one after another"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary("int32", "string")]
+)
+def test_parquet_is_read_through_all_row_groups(tmp_path, kind):
+    texts = [f"text {number} é" for number in range(7)]
+    path = write_parquet(tmp_path / "a.parquet", pyarrow.array(texts).cast(kind))
+    assert list(Reader(str(path))) == [(text, f"{path}:{n}") for n, text in enumerate(texts, 1)]
+    path = write_parquet(tmp_path / "b.bin", texts, "body")
+    assert read(path, format="parquet", text_field="body") == texts
+
+
+def test_the_format_setting_overrides_the_name(tmp_path):
+    lines, table = json_lines(ROWS, "body"), CSV.replace("text", "body")
+    for name, text in (("a.txt", lines), ("b.csv", lines), ("c.jsonl", table)):
+        write(tmp_path / name, text)
+        assert read(tmp_path / name, format="text") == [text]
+        file_format = "csv" if text is table else "jsonl"
+        assert read(tmp_path / name, format=file_format, text_field="body") == ROWS
+
+
+def test_a_json_file_that_is_named_needs_a_format(tmp_path):
+    path = write(tmp_path / "a.json", json_lines(ROWS))
+    fails("a.json may hold one document or many; add --format=jsonl .* or --format=text", path)
+    assert read(path, format="jsonl") == ROWS and read(path, format="text") == [json_lines(ROWS)]
+    assert read(tmp_path) == [json_lines(ROWS)]  # in a folder it is a text
+
+
+@pytest.mark.parametrize("end", ["", "<|endoftext|>", "<|endoftext|>\n"])
+def test_a_separator_splits_a_file_into_documents(tmp_path, end):
+    documents = ["Once.\n\nMore <|endoftext|> here.\n", "Twice.\n"]
+    separators = "<|endoftext|>\r\n <|endoftext|> \n"
+    text = "<|endoftext|>\n" + documents[0] + separators + documents[1] + end
+    path = write(tmp_path / "a.txt", text)
+    assert read(path, separator="<|endoftext|>") == documents and read(path) == [text]
+
+
+# ---- encodings
+
+ENCODINGS = [  # the encoding, its byte-order mark, bytes that are no character in it
+    ("utf-8", b"", b"\xff"),
+    ("utf-8", b"", b"\xe6\x97"),  # half a character
+    ("utf-8", codecs.BOM_UTF8, b"\xff"),
+    ("utf-16-le", codecs.BOM_UTF16_LE, b"\x00\xdc"),
+    ("utf-16-be", codecs.BOM_UTF16_BE, b"\xdc\x00"),
+    ("utf-32-le", codecs.BOM_UTF32_LE, b"\xff" * 4),
+    ("utf-32-be", codecs.BOM_UTF32_BE, b"\xff" * 4),
+]
+
+
+@pytest.mark.parametrize("encoding, mark, _", ENCODINGS)
+def test_text_is_the_same_wherever_blocks_end(tmp_path, monkeypatch, encoding, mark, _):
+    text = "plain é 日本 😀\r\nx" * 3
+    path = write(tmp_path / "a.txt", mark + text.encode(encoding))
+    for size in range(5, 20):
+        monkeypatch.setattr(readers, "BLOCK_BYTES", size)
+        assert read(path) == [text]
+
+
+@pytest.mark.parametrize("encoding, mark, bad", ENCODINGS)
+def test_invalid_bytes_are_refused_by_position(tmp_path, monkeypatch, encoding, mark, bad):
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 16)
+    for before in range(20):
+        good = mark + ("é" * before).encode(encoding)
+        for after in ("", "xyz"):
+            path = write(tmp_path / "a.txt", good + bad + after.encode(encoding))
+            message = fails(f"a.txt: not {encoding} text: .*--on_error=skip", path)
+            assert int(re.search(r"at byte (\d+);", message)[1]) == len(good)
+            assert skipped(path) == {"invalid bytes": 1} and read(path, on_error="skip") == []
+
+
+def test_binary_files_are_refused_if_named_and_counted_in_a_folder(tmp_path):
+    path = write(tmp_path / "texts" / "a.png", b"\x89PNG\r\n\0\0")
+    write(tmp_path / "texts" / "good.txt", "good")
+    for source in (path, tmp_path / "texts" / "*"):
+        fails("a.png is binary, not text", source)
+        assert skipped(source) == {"binary": 1}
+    reader = Reader(str(tmp_path / "texts"))
+    assert [text for text, _ in reader] == ["good"] and reader.tally.documents == {"binary": 1}
+    fails("is binary", write(tmp_path / "a.txt", "without a mark".encode("utf-16-le")))
+
+
+# ---- long texts
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "separated"])
+def test_a_long_text_becomes_several_documents(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(readers, "DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    generator = random.Random(0)
+    for length in (0, 1, 99, 100, 101, 102, 200, 201, 1777):
+        text = "".join(generator.choices("aé日    \n", k=length))
+        path = write(tmp_path / name, json_lines([text]) if name == "a.jsonl" else text)
+        pieces = read(path, separator="---" if name == "separated" else "")
+        assert "".join(pieces) == text and max(map(len, pieces), default=0) <= 100
+        assert all(piece[-1] in " \n" and len(piece) > 50 for piece in pieces[:-1])
+        assert all(pieces) or text == ""
+    path = write(tmp_path / "a.txt", "white space early on does not count " + "日" * 314)
+    assert [len(piece) for piece in read(path)] == [100, 100, 100, 50]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_line_that_is_too_long_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(readers, "LINE_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
+    good = json_lines(["x" * 900]) if name == "a.jsonl" else f"text\n{'x' * 900}\n"
+    assert read(write(tmp_path / name, good)) == ["x" * 900]
+    path = write(tmp_path / name, good + good.splitlines()[-1].replace("x", "xx") + "\n")
+    fails("a line of more than 1,000 characters", path)
+    assert skipped(path) == {"damaged file": 1}
+
+
+@pytest.mark.parametrize("line", [b"words " * 7_000_000, b"w" * 42_000_000], ids=["spaces", "none"])
+def test_a_huge_line_takes_little_memory(tmp_path, line):
+    path = write(tmp_path / "a.txt.gz", gzip.compress(line, 1))
+    tracemalloc.start()
+    try:
+        assert sum(len(text) for text, _ in Reader(str(path))) == len(line)
+        assert tracemalloc.get_traced_memory()[1] < 25e6
+    finally:
+        tracemalloc.stop()
+
+
+# ---- bad input
+
+
+def parquet(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [data.decode()] * 9}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+TEXT = "".join(random.Random(0).choices("abcdefgh \n", k=5000)).encode()
+DAMAGE = [
+    lambda data: data[:-9],
+    lambda data: b"something else",
+    lambda data: data[:12] + b"\xff" * 40 + data[52:],
+]
+NO_TEXT = "no text in field 'text' (--text_field); its fields:"
+BAD = [  # a file, the message, what is counted
+    ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl:3: not JSON", {"broken line": 1}),
+    ("a.jsonl", b"\xef\xbb\xbfnothing\n", "a.jsonl:1: not JSON", {"broken line": 1}),
+    ("a.jsonl", b"[" * 100_000 + b"\n{}}\n", "a.jsonl:1: not JSON", {"broken line": 2}),
+    ("a.jsonl", b"1" * 5000, "a.jsonl:1: not JSON", {"broken line": 1}),
+    ("a.jsonl", b'{"b": "x", "n": 1}\n', f"a.jsonl:1: {NO_TEXT} b, n", {"missing field": 1}),
+    ("a.jsonl", b'[1]\n3\nnull\n"x"\n', f"a.jsonl:1: {NO_TEXT} none", {"missing field": 4}),
+    ("a.jsonl", b'{"text": 3}\n{"text": ["x"]}', f"a.jsonl:1: {NO_TEXT}", {"missing field": 2}),
+    ("a.csv", b"b,n\nx,1,2\n", f"a.csv:2: {NO_TEXT} b, n, None", {"missing field": 1}),
+    ("a.csv", b"n,text\n1\n", f"a.csv:2: {NO_TEXT}", {"missing field": 1}),
+    ("a.csv", b'text,n\n"a"b,1\nx,2\n', "a.csv:2: not CSV", {"broken line": 1}),
+    ("a.csv", b'text,n\nx,1\n"a,2\ny,3\n', "not CSV: unexpected end", {"broken line": 1}),
+]
+BAD += [
+    (f"a.txt{suffix}", damage(make(TEXT)), "is cut or damaged", {"damaged file": 1})
+    for suffix, make in (COMPRESSORS | {".parquet": parquet}).items()
+    for damage in DAMAGE
+]
+
+
+@pytest.mark.parametrize("name, content, message, counts", BAD)
+def test_bad_input_is_refused_or_counted_with_an_example(tmp_path, name, content, message, counts):
+    path, good = write(tmp_path / name, content), write(tmp_path / "good.txt", "good")
+    fails(re.escape(message) + ".*--on_error=skip would continue", path)
+    reader = Reader(f"{path},{good}", on_error="skip")
+    assert [text for text, _ in reader][-1] == "good" and reader.tally.documents == counts
+    assert message in reader.tally.examples[next(iter(counts))][0][0]
+
+
+def test_parquet_without_text_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", ["one", None, "three"])
+    fails("a.parquet:1: no text in field 'body' .*; its fields: text", path, text_field="body")
+    fails("a.parquet:2: no text in field 'text'", path)
+    assert read(path, on_error="skip") == ["one", "three"]
+    assert skipped(path) == {"missing field": 1}
+    offsets = pyarrow.py_buffer(np.array([0, 2, 4], dtype=np.int32))
+    texts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"ok\xff\xff"))
+    fails("b.parquet is cut or damaged", write_parquet(tmp_path / "b.parquet", texts))
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    lines = '{"text": "a\\ud83db"}\n{"text": "\\ud83d\\ude00"}\n{"text": "\\ude00"}\n'
+    assert read(write(tmp_path / "a.jsonl", lines)) == ["a?b", "😀", "?"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
+def test_a_missing_library_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    fails("needs pyarrow: pip install pyarrow", write(tmp_path / name, b"text"))
+
+
+def test_a_tally_adds_counts_and_keeps_three_examples_of_each_reason():
+    tally, other = Tally(), Tally()
+    for number in range(2):
+        tally.drop("short", f"a:{number}", "é")
+        other.drop("short", f"b:{number}", "x" * 1000)
+    other.lines["boilerplate_lines"] = 3
+    tally.add(other)
+    assert tally.documents == {"short": 4} and tally.bytes == {"short": 2004}
+    assert tally.lines == {"boilerplate_lines": 3}
+    assert tally.examples == {"short": [("a:0", "é"), ("a:1", "é"), ("b:0", "x" * 300)]}

@@ -1,0 +1,229 @@
+"""The tokenizer: byte-pair encoding, learned from text.
+
+A tokenizer is a table of byte strings with their ids, and a pattern that splits text into pieces
+which no merge crosses. Of two pairs that could merge, the one with the lower id does. Each document
+is prefixed with END_OF_TEXT; text that contains these characters never becomes that token.
+"""
+
+import base64
+import hashlib
+import heapq
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import regex  # comes with tiktoken
+import tiktoken
+
+from config import Failure, Progress
+
+END_OF_TEXT = "<|endoftext|>"
+PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    "gpt4": (  # (?!\s|\S) is the end of the text in any regex engine
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
+        r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\s|\S)|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    ),
+    "qwen": (  # after NFC; each digit is a piece
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"""
+        r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    ),
+}
+BYTES = [bytes([byte]) for byte in range(256)]
+STRETCH = 100_000  # characters; tiktoken's regex engine fails on a million of white space
+MAX_PIECE = 1000  # characters; longer ones are no words, and slow to merge
+
+
+@dataclass(eq=False)
+class Tokenizer:
+    """A byte-level BPE tokenizer. Raises Failure if a byte is missing or an id occurs twice."""
+
+    name: str  # what the user called it, for messages
+    pattern: str  # a key of PATTERNS
+    ids: dict[bytes, int]  # in the order of ids, which may have gaps
+    end_of_text: int
+
+    def __post_init__(self):
+        if self.pattern not in PATTERNS:
+            options = ", ".join(PATTERNS)
+            raise Failure(f"{self.name}: pattern {self.pattern!r} is none of {options}")
+        self.ids = dict(sorted(self.ids.items(), key=lambda entry: entry[1]))
+        self.bytes_of = {number: token for token, number in self.ids.items()}
+        numbers = {*self.bytes_of, self.end_of_text}
+        if not set(BYTES) <= self.ids.keys() or len(numbers) <= len(self.ids):
+            raise Failure(f"{self.name}: a tokenizer holds each of the 256 bytes, and no id twice")
+        if min(numbers) < 0 or max(numbers) >= 2**31:
+            first, last = min(numbers), max(numbers)
+            raise Failure(f"{self.name}: ids are {first} to {last}, beyond 0 to 2147483647")
+        ends, pattern = {END_OF_TEXT: self.end_of_text}, PATTERNS[self.pattern]
+        self.encoding = tiktoken.Encoding(
+            self.name, pat_str=pattern, mergeable_ranks=self.ids, special_tokens=ends
+        )
+
+    @classmethod
+    def from_tokens(cls, tokens: list[bytes], name: str, pattern: str) -> "Tokenizer":
+        """Return a tokenizer whose ids are the order of `tokens`, end-of-text last."""
+        return cls(name, pattern, {token: i for i, token in enumerate(tokens)}, len(tokens))
+
+    @classmethod
+    def from_text(cls, text: str, name: str, pattern: str) -> "Tokenizer":
+        """Return the tokenizer in the text of a .tiktoken file. Raises Failure."""
+        try:
+            lines = [(token, int(number)) for token, number in map(str.split, text.splitlines())]
+            numbers = dict(lines)
+            end_of_text = numbers.pop(END_OF_TEXT, None)
+            ids = {base64.b64decode(token, validate=True): n for token, n in numbers.items()}
+            if len(ids) + (end_of_text is not None) < len(lines):
+                raise ValueError("a token occurs twice")
+            if end_of_text is None and {*ids.values()} != {*range(len(ids))}:
+                raise ValueError(f"ids below {len(ids)} are missing, and {END_OF_TEXT} has no line")
+        except ValueError as error:
+            raise Failure(f"{name}: not a .tiktoken file: {error}") from None
+        return cls(name, pattern, ids, len(ids) if end_of_text is None else end_of_text)
+
+    @classmethod
+    def from_record(cls, record: dict, text: str) -> "Tokenizer":
+        """Return the tokenizer that `record` describes and whose `to_text` is `text`."""
+        return cls.from_text(text, record["name"], pattern_of(record))
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id + 1."""
+        return self.encoding.n_vocab
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the tokens of `text`, uint32; no characters in it become a special token."""
+        text = normalize(text, self.pattern)
+        starts = range(0, len(text), STRETCH)
+        stretches = [text]
+        if any(text[start : start + STRETCH].isspace() for start in starts[: len(text) // STRETCH]):
+            stretches = [text[start : start + STRETCH] for start in starts]
+        encode = self.encoding.encode_to_numpy
+        return np.concatenate([encode(stretch, disallowed_special=()) for stretch in stretches])
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        return b"".join(map(self.token_bytes, tokens))
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token; b"" for end-of-text and for an id that is not used."""
+        return self.bytes_of.get(token, b"")
+
+    def to_text(self) -> str:
+        """Return the text of a .tiktoken file: a line for each token, its bytes in base64, its id.
+
+        End-of-text has a line only if its id is not the one after the last.
+        """
+        lines = [f"{base64.b64encode(token).decode()} {n}\n" for token, n in self.ids.items()]
+        if not self.end_of_text == len(self.ids) == max(self.bytes_of) + 1:
+            lines.append(f"{END_OF_TEXT} {self.end_of_text}\n")
+        return "".join(lines)
+
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether both tokenizers give every text the same tokens."""
+        return (self.to_text(), self.pattern) == (other.to_text(), other.pattern)
+
+    def record(self) -> dict:
+        """What a manifest says about this tokenizer."""
+        record = {"name": self.name, "pattern": self.pattern, "vocab_size": self.vocab_size}
+        return record | {"sha256": hashlib.sha256(self.to_text().encode()).hexdigest()}
+
+
+def pattern_of(record: dict) -> str:
+    """Return the pattern of a tokenizer's record, as in a manifest.
+
+    Before records had this field, a name like bpe:8192:gpt4 ended in the pattern.
+    """
+    ending = str(record.get("name")).rpartition(":")[2]
+    return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))
+
+
+# ---- training
+
+
+def count_pieces(texts: Iterable[str], pattern: str) -> Counter:
+    """Count the pieces, in UTF-8, into which the pattern splits texts; very long ones left out."""
+    split, counts = regex.compile(PATTERNS[pattern]), Counter()
+    for text in texts:
+        counts.update(split.findall(normalize(text, pattern)))
+    short = {piece.encode(): n for piece, n in counts.items() if len(piece) <= MAX_PIECE}
+    return Counter(short)
+
+
+def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
+    """Learn a byte-pair encoding (Sennrich et al. 2016) on bytes, as GPT-2 does.
+
+    counts: how often each piece occurs. Returns the 256 bytes, then a token for each merge of the
+    most frequent pair of neighbours; of equally frequent ones the pair with the lower ids. There
+    are vocab_size - 1 (end-of-text follows), or fewer if no pair is left to merge.
+
+    Example: low 5 times, lower 2, newest 6, widest 3. The pairs "e s" and "s t" both occur 9 times,
+    and e (101) has a lower id than s (115): the first merge is "es". Now "es t" occurs 9 times,
+    more than any other: the second merge is "est".
+    """
+    tokens, weights = list(BYTES), list(counts.values())
+    pieces = [list(piece) for piece in counts]  # of token ids
+    pair_counts, pieces_with = count_pairs(pieces, weights)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    with Progress("merges", vocab_size - 257) as progress:
+        while len(tokens) < vocab_size - 1 and (pair := most_frequent(heap, pair_counts)):
+            new_id, changes = len(tokens), Counter()
+            for index in pieces_with.pop(pair):
+                merge_pair(pieces[index], pair, new_id, weights[index], changes)
+                for new_pair in pairwise(pieces[index]):
+                    if new_id in new_pair:
+                        pieces_with[new_pair].add(index)
+            tokens.append(tokens[pair[0]] + tokens[pair[1]])
+            change_counts(changes, pair_counts, heap)
+            progress.update(len(tokens) - 256)
+    return tokens
+
+
+def count_pairs(pieces: list[list[int]], weights: list[int]) -> tuple[Counter, dict]:
+    """Return how often each pair of neighbours occurs, and the indices of the pieces with it."""
+    pair_counts, pieces_with = Counter(), defaultdict(set)
+    for index, piece in enumerate(pieces):
+        for pair in pairwise(piece):
+            pair_counts[pair] += weights[index]
+            pieces_with[pair].add(index)
+    return pair_counts, pieces_with
+
+
+def most_frequent(heap: list, pair_counts: Counter) -> tuple[int, int] | None:
+    """Pop the most frequent pair. Counts in the heap may be too high, as merges since took some."""
+    while heap:
+        count, pair = heapq.heappop(heap)
+        if -count == pair_counts[pair]:
+            return pair
+        if 0 < pair_counts[pair] < -count:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
+    return None
+
+
+def change_counts(changes: Counter, pair_counts: Counter, heap: list):
+    for pair, change in changes.items():
+        pair_counts[pair] += change
+        if change > 0:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
+
+
+def merge_pair(piece: list[int], pair: tuple, new_id: int, weight: int, changes: Counter):
+    """Replace `pair` in `piece`, from the left, and add to `changes` what that does to counts."""
+    position = 0
+    while position < len(piece) - 1:
+        if piece[position] == pair[0] and piece[position + 1] == pair[1]:
+            before = piece[max(0, position - 1) : position + 3]
+            piece[position : position + 2] = [new_id]
+            after = piece[max(0, position - 1) : position + 2]
+            for old in pairwise(before):
+                changes[old] -= weight
+            for new in pairwise(after):
+                changes[new] += weight
+        position += 1
+
+
+def normalize(text: str, pattern: str) -> str:
+    return unicodedata.normalize("NFC", text) if pattern == "qwen" else text

@@ -1,0 +1,248 @@
+"""Tokenizers as files: by name, GPT-2's own, and Hugging Face's tokenizer.json in and out.
+
+A tokenizer.json lists its merges in the order in which they are made. Ours have ids alone, and the
+lower id merges first. `merged_ids` accepts a file only if both give every text the same ids.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from itertools import pairwise, zip_longest
+from pathlib import Path
+
+import files
+from config import Failure
+from tokenizer import BYTES, END_OF_TEXT, PATTERNS, Tokenizer, pattern_of
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+GPT2_BYTES = 835_554
+HF_FILES = ["tokenizer.json", "tokenizer_config.json"]
+
+
+def bpe_size(name: str) -> int:
+    """Return N of bpe:N, 0 for another tokenizer. Raises ValueError for a name without meaning."""
+    kind, _, pattern = name.rpartition(":")
+    if kind.startswith("bpe:") and pattern in PATTERNS:
+        raise ValueError(f"tokenizer {name}: use --tokenizer={kind} --split_pattern={pattern}")
+    if re.fullmatch(r"bpe:[0-9]+", name):
+        if not 257 <= int(name[4:]) <= 1_000_000:
+            raise ValueError(f"tokenizer {name}: N is from 257 (bytes and end-of-text) to 1000000")
+        return int(name[4:])
+    is_model = files.hub_repo(name) or (name and Path(name).expanduser().is_dir())
+    if name != "bytes" and not name.endswith(".tiktoken") and not is_model:
+        kinds = "gpt2, bytes, bpe:N, a .tiktoken file, a Hugging Face folder or OWNER/NAME"
+        raise ValueError(f"tokenizer {name!r} is none of {kinds}")
+    return 0
+
+
+def load_tokenizer(name: str, pattern: str, downloads: Path) -> Tokenizer:
+    """Return the tokenizer gpt2, bytes, a .tiktoken file, a Hugging Face folder or OWNER/NAME.
+
+    pattern: how a .tiktoken file splits text, where nothing else says it; "" = it is known.
+    downloads: the folder that keeps GPT-2's file. Raises Failure.
+    """
+    if name == "bytes":
+        return Tokenizer.from_tokens(BYTES, name, choose_pattern(name, "gpt2", pattern))
+    path = gpt2_file(downloads) if name == "gpt2" else Path(name).expanduser()
+    if name != "gpt2" and path.suffix != ".tiktoken":
+        tokenizer = load_hf_tokenizer(files.model_folder(name, HF_FILES, has_hf_tokenizer), name)
+        choose_pattern(name, tokenizer.pattern, pattern)
+        return tokenizer
+    if not path.is_file():
+        raise Failure(f"tokenizer {name}: there is no file {path}")
+    text = path.read_text(encoding="ascii", errors="replace")
+    return Tokenizer.from_text(text, name, choose_pattern(name, known_pattern(path), pattern))
+
+
+def choose_pattern(name: str, known: str, given: str) -> str:
+    """Return the known pattern, else the given one. Raises Failure if they differ or none is."""
+    if known and given not in ("", known):
+        raise Failure(f"tokenizer {name} splits text as {known}, not as --split_pattern={given}")
+    if not known and not given:
+        options = ", ".join(PATTERNS)
+        raise Failure(f"tokenizer {name}: the file does not say --split_pattern ({options})")
+    return known or given
+
+
+def known_pattern(path: Path) -> str:
+    """Return how a .tiktoken file splits text, from its dataset's manifest or its hash, or ""."""
+    manifest = path.with_name("manifest.json")
+    if path.name == "tokenizer.tiktoken" and manifest.is_file():
+        record = files.read_json(manifest).get("tokenizer")
+        return pattern_of(record) if isinstance(record, dict) else ""
+    return "gpt2" if files.sha256_of(path) == GPT2_SHA256 else ""
+
+
+def gpt2_file(downloads: Path) -> Path:
+    """Return GPT-2's .tiktoken file: from `downloads`, tiktoken's own cache, or the network."""
+    path = downloads / "gpt2.tiktoken"
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
+    cached = Path(folder, hashlib.sha1(GPT2_URL.encode()).hexdigest())
+    if not path.exists() and cached.is_file() and files.sha256_of(cached) == GPT2_SHA256:
+        return cached
+    return files.fetch(GPT2_URL, path, GPT2_SHA256, GPT2_BYTES)
+
+
+# Hugging Face's tokenizer.json
+
+NORMALIZERS = {"qwen": {"type": "NFC"}}
+UNSUPPORTED = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+
+
+def has_hf_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
+
+
+def load_hf_tokenizer(folder: Path, name: str) -> Tokenizer:
+    """Return the byte-level BPE tokenizer in a Hugging Face folder, with the same ids.
+
+    Its end-of-sequence token is our end-of-text; text never becomes another special token. Raises
+    Failure if ids could differ: another algorithm, pattern or normalizer, merges out of order.
+    """
+    if not has_hf_tokenizer(folder):
+        hint = "transformers makes one: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        raise Failure(f"{folder} has no tokenizer.json; {hint}")
+    try:
+        settings = read_optional(folder / "tokenizer_config.json")
+        if settings.get("add_prefix_space"):
+            raise Failure(f"{folder}: add_prefix_space, a space before each text, is not supported")
+        special = {key: content_of(t) for key, t in settings.items() if key.endswith("_token")}
+        vocab, merges, added, pattern = read_hf(folder)
+        ids = merged_ids(vocab, merges, {END_OF_TEXT, *added, *special.values()}, folder)
+        numbers = vocab | added
+        end_of_text = numbers.get(special.get("eos_token"), numbers.get(END_OF_TEXT))
+        if end_of_text is None:
+            end_of_text = read_optional(folder / "config.json").get("eos_token_id")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Failure(f"{folder}: its tokenizer is damaged or of another kind: {error!r}") from None
+    if type(end_of_text) is not int:
+        raise Failure(f"{folder}: neither an eos_token nor {END_OF_TEXT} has an id")
+    return Tokenizer(name, pattern, ids, end_of_text)
+
+
+def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
+    """Return a folder's vocabulary, its merges, the ids of added tokens, and the pattern."""
+    file = files.read_json(folder / "tokenizer.json")
+    model, pattern = file["model"], pattern_in(file.get("pre_tokenizer") or {}, folder)
+    odd = {name: model[name] for name in UNSUPPORTED if model.get(name)}
+    if model.get("type", "BPE") != "BPE":
+        odd["type"] = model["type"]
+    if file.get("normalizer") != NORMALIZERS.get(pattern):
+        odd["normalizer"] = file.get("normalizer")
+    for name, value in odd.items():
+        raise Failure(f"{folder}: a tokenizer whose {name} is {value!r} is not supported")
+    added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+    for token in file.get("added_tokens", []):
+        if not token["special"] and not re.fullmatch(r"<.+>", token["content"]):
+            raise Failure(f"{folder}: text can become the added token {token['content']!r}")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return model["vocab"], merges, added, pattern
+
+
+def pattern_in(pre_tokenizer: dict, folder: Path) -> str:
+    """Return the key in PATTERNS of how a tokenizer.json splits text. Raises Failure."""
+    is_sequence = pre_tokenizer.get("type") == "Sequence"
+    *splits, level = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
+    if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
+        raise Failure(f"{folder}: its tokenizer is not byte-level, or has add_prefix_space")
+    uses_regex = level.get("use_regex", True)  # GPT-2's pattern is a part of the step ByteLevel
+    for pattern in PATTERNS:
+        if (splits, uses_regex) == (split_steps(pattern), pattern == "gpt2"):
+            return pattern
+    raise Failure(f"{folder}: it splits text by none of {', '.join(PATTERNS)}, but by {splits}")
+
+
+def split_steps(pattern: str) -> list[dict]:
+    """Return the steps of a tokenizer.json before ByteLevel, which has GPT-2's pattern built in."""
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}}
+    return [] if pattern == "gpt2" else [split | {"behavior": "Isolated", "invert": False}]
+
+
+def merged_ids(vocab: dict, merges: list, special: set[str], folder: Path) -> dict[bytes, int]:
+    """Return the ids of bytes and merged tokens. Raises Failure unless ids say what merges do.
+
+    Hugging Face makes the merge that is listed first; we make the one whose token has the lowest
+    id. They agree if the merges that ids imply are those listed. Not so for "x q", "q z", "x qz":
+    there "xqz" stays "xq z", as "x q" comes first and "xq z" is not listed; we would go on to
+    "xqz", which has an id.
+    """
+    if not all(type(number) is int for number in vocab.values()):
+        raise Failure(f"{folder}: an id in the vocabulary is not a whole number")
+    characters = byte_characters()
+    made = {*characters} | {left + right for left, right in merges}
+    if others := vocab.keys() - made - special:
+        raise Failure(f"{folder}: entry {min(others)!r} is neither byte, nor merged, nor special")
+    ids = {bytes(characters[c] for c in entry): vocab[entry] for entry in made}
+    for merge, implied in zip_longest(merges, implied_merges(ids)):
+        if [bytes(characters[c] for c in part) for part in merge] != implied:
+            reason = f"merge {' '.join(merge)!r} is out of order or never made"
+            raise Failure(f"{folder}: {reason}, so ids would differ")
+    return ids
+
+
+def implied_merges(ids: dict[bytes, int]) -> list[list[bytes]]:
+    """Return the parts that byte-pair encoding merges last into each token, in the order of ids.
+
+    These are more than two if it never makes the token, or its id does not fit.
+    """
+    return [last_merge(token, ids) for token in sorted(ids, key=ids.get) if len(token) > 1]
+
+
+def last_merge(token: bytes, ids: dict[bytes, int]) -> list[bytes]:
+    parts, limit = [token[i : i + 1] for i in range(len(token))], ids[token]
+    while len(parts) > 2:
+        pairs = enumerate(pairwise(parts))
+        number, i = min((ids.get(left + right, limit), i) for i, (left, right) in pairs)
+        if number >= limit:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path):
+    """Write tokenizer.json and tokenizer_config.json, with which transformers makes the same ids.
+
+    There, text that holds <|endoftext|> needs tokenizer(text, split_special_tokens=True). Raises
+    Failure if merges cannot make all tokens.
+    """
+    characters = {byte: character for character, byte in byte_characters().items()}
+    spelled = {token: "".join(characters[byte] for byte in token) for token in tokenizer.ids}
+    vocab = {spelled[token]: number for token, number in tokenizer.ids.items()}
+    merges = implied_merges(tokenizer.ids)
+    if any(len(merge) > 2 for merge in merges) or END_OF_TEXT in vocab:
+        reason = f"merges do not make all of its tokens, or they make {END_OF_TEXT}"
+        raise Failure(f"{tokenizer.name} cannot be written as a tokenizer.json: {reason}")
+    end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    level["use_regex"] = tokenizer.pattern == "gpt2"
+    steps = [*split_steps(tokenizer.pattern), level]
+    content = {"version": "1.0", "added_tokens": [end | flags], "decoder": level}
+    content["normalizer"] = NORMALIZERS.get(tokenizer.pattern)
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    content["model"] = {"type": "BPE", "vocab": vocab | {END_OF_TEXT: tokenizer.end_of_text}}
+    content["model"]["merges"] = [" ".join(spelled[part] for part in merge) for merge in merges]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / "tokenizer.json", content)
+    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    files.write_json(folder / "tokenizer_config.json", settings | ends)
+
+
+def byte_characters() -> dict[str, int]:
+    """Return the printable characters for the 256 bytes in such files, as GPT-2 chose them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(byte): byte for byte in printable}
+    return characters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def content_of(token) -> str:
+    """Return the text of a special token, which is written alone or among its properties."""
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+def read_optional(path: Path) -> dict:
+    return files.read_json(path) if path.is_file() else {}

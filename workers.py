@@ -1,0 +1,69 @@
+"""Processes that compute the parts of a long task; the results come in order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+
+from config import INPUT_OUTPUT, Failure
+
+
+class Workers:
+    """Up to `count` processes, used in a `with`. They start with the second part of a task."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.pool = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable, parts: Iterable) -> Iterator:
+        """Yield function(part) for each part, in order, with few parts in memory at once."""
+        parts = iter(parts)
+        first_two = list(islice(parts, 2))
+        parts = chain(first_two, parts)
+        if self.count == 1 or len(first_two) < 2:
+            yield from map(function, parts)
+            return
+        if not self.pool:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.count, context, end_with_parent)
+        results = deque()
+        try:
+            for part in parts:
+                results.append(self.submit(function, part))
+                if len(results) == 2 * self.count:
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
+        except BrokenProcessPool:
+            hint = "is the memory full? try fewer --processes"
+            raise Failure(f"a worker process was killed; {hint}", INPUT_OUTPUT) from None
+
+    def submit(self, function: Callable, part):
+        """Hand a part to the pool. A process that starts here inherits that it ignores Ctrl-C."""
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return self.pool.submit(function, part)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+
+def end_with_parent():
+    """Have this process end as soon as its parent is gone, even if that was killed."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
