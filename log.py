@@ -77,6 +77,20 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))  # exp of more exceeds a float
 
 
+def print_report(folder: Path, val_loss: float, bits_per_byte: float, compressors: dict):
+    """Print what a run reached and draw its losses.
+
+    bits_per_byte: nan where it is not known. compressors: the bits per byte that others need.
+    """
+    print(f"\nvalidation loss {val_loss:.4f} nats per token, perplexity {perplexity(val_loss):.2f}")
+    if math.isfinite(bits_per_byte):
+        others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
+        print(f"{bits_per_byte:.3f} bits per byte of validation text{others}")
+    print(draw_losses(folder))
+    path = folder / "latest.pt"
+    print(f"checkpoint: {path}\nto sample from it: python sample.py --checkpoint={path}")
+
+
 def draw_losses(folder: Path) -> str:
     """Draw metrics.jsonl as loss.png, if matplotlib is installed; return a line about it."""
     try:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ import dedupe
 import files
 from clean import LINE_RULES, RULES, clean_text, hash_words, normalize
 from config import INPUT_OUTPUT, Failure, Progress
+from corpus import DOCUMENT, Corpus, count_bytes, first_bytes, in_parts, write_corpus
 from dataset import MANIFEST_VERSION, SPLITS, ShardWriter, read_manifest, read_tokenizer
 from readers import Reader, Tally
 from tokenizer import PATTERNS, Tokenizer, count_pieces, train_bpe
@@ -57,9 +58,7 @@ class PrepareConfig:
     tokenizer: str = ""  # gpt2, bytes, bpe:N (trained here), a .tiktoken file, a Hugging Face model
     split_pattern: str = ""  # how bpe:N or a .tiktoken file splits text: gpt2, gpt4 or qwen
     val_fraction: float = 0.0  # share of documents for validation; 0 = 0.1, or the dataset's own
-    clean: str = (
-        "basic"  # none, basic (Unicode NFC, line ends, no control characters), web (+ rules)
-    )
+    clean: str = "basic"  # none, basic (NFC, line ends, no control characters), web (and rules)
     web_off: str = "unfinished_lines"  # rules of clean=web to leave out, separated by commas
     dedupe: str = "exact"  # none, exact (up to case and white space), near (similar documents, too)
     near_threshold: float = 0.8  # near: Jaccard similarity of 5-grams of words from which one goes
@@ -155,7 +154,6 @@ NAMED = {
     ),
 }
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
-SHAKESPEARE_URL += "/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
 
@@ -164,7 +162,8 @@ def main(settings: PrepareConfig):
     """Prepare a dataset and say how to train on it. Raises Failure."""
     folder = prepare(settings)
     where = f" --data_dir={settings.data_dir}" if settings.data_dir != "data" else ""
-    recipe = "config/gpt2_124m.py" if settings.takes_shards else "config/small.py"
+    is_foreign = settings.takes_shards and not settings.merge
+    recipe = "config/gpt2_124m.py" if is_foreign else "config/small.py"
     options = f"--dataset={folder.name}{where} --out_dir=out/{folder.name}"
     print(f"train on it: python train.py {recipe} {options}")
 
@@ -244,17 +243,17 @@ def build(settings: PrepareConfig, work: Path) -> dict:
     with Workers(settings.processes) as workers:
         corpus = collect(settings, reader, contamination, workers, work)
         kept = deduplicate(settings, corpus)
-        spans, is_cut = split_documents(corpus, kept, settings.val_fraction)
-        splits = {"train": spans[~spans["is_val"]], "val": spans[spans["is_val"]]}
-        on_texts = partial(map_texts, workers, corpus.texts)
+        splits, is_cut = split_documents(corpus, kept, settings.val_fraction)
+        on_texts = partial(corpus.map, workers)
         tokenizer = tokenizer or new_tokenizer(settings, on_texts, splits["train"])
         entries = write_shards(settings, on_texts, splits, tokenizer, work / "dataset")
-        overlap = measure_overlap(on_texts, splits, corpus.texts, work)
-    entries["val"]["compressed_bits_per_byte"] = compress(corpus.texts, splits["val"])
+        val_texts = corpus.texts(first_bytes(splits["val"], OVERLAP_BYTES))
+        overlap = measure_overlap(on_texts, val_texts, splits["train"], work)
+    entries["val"]["compressed_bits_per_byte"] = compress(corpus, splits["val"])
     tally, kept_bytes = corpus.tally, int(corpus.documents["bytes"][kept].sum())
     bytes_read, count = tally.bytes.pop("read"), len(kept)
     documents = {"in": count + tally.documents.total(), "kept": count}
-    manifest = make_manifest(settings, tokenizer.record(), entries) | {
+    manifest = make_manifest(settings, tokenizer, entries) | {
         "documents": documents | {"dropped": dict(tally.documents)},
         "bytes": {"in": bytes_read, "kept": kept_bytes, "dropped": dict(tally.bytes)},
         "lines_dropped": dict(tally.lines),
@@ -265,13 +264,13 @@ def build(settings: PrepareConfig, work: Path) -> dict:
     return manifest
 
 
-def make_manifest(settings: PrepareConfig, tokenizer: dict, splits: dict) -> dict:
+def make_manifest(settings: PrepareConfig, tokenizer: Tokenizer, splits: dict) -> dict:
     """What every manifest has, however its shards were made."""
     return {
         "format_version": MANIFEST_VERSION,
         "name": settings.name,
         "made_from": deciding_settings(settings),
-        "tokenizer": tokenizer,
+        "tokenizer": tokenizer.record(),
         "splits": splits,
     }
 
@@ -288,7 +287,7 @@ def open_named(settings: PrepareConfig) -> Reader:
         return make_reader(settings, stdlib_files())
     if settings.name == "shakespeare":
         path = Path(settings.data_dir) / "downloads" / "tinyshakespeare.txt"
-        files.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
+        files.fetch(f"{SHAKESPEARE_URL}/input.txt", path, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
         return make_reader(settings, [path])
     return make_reader(settings, download(settings))
 
@@ -318,30 +317,6 @@ def download(settings: PrepareConfig) -> list[Path]:
 
 # Reading and cleaning
 
-PART_CHARACTERS = 1_000_000  # of text that a worker takes at once
-DOCUMENT = np.dtype([("bytes", np.int64), ("is_val", np.bool_), ("digest", "S16")])
-SPAN = np.dtype(
-    [("is_val", np.bool_), ("start", np.int64), ("end", np.int64)]
-)  # of a text, in bytes
-
-
-@dataclass
-class Corpus:
-    """The documents that cleaning kept."""
-
-    texts: Path  # a file of their texts in UTF-8, one after the other
-    documents: np.ndarray  # DOCUMENT (N,)
-    signatures: np.ndarray  # MinHash signatures, uint8 (N, 256); (N, 0) where none are needed
-    tally: Tally  # of what was dropped
-
-    def spans(self) -> np.ndarray:
-        """Where the documents are in `texts`, SPAN (N,)."""
-        spans = np.empty(len(self.documents), dtype=SPAN)
-        spans["is_val"] = self.documents["is_val"]
-        spans["end"] = np.cumsum(self.documents["bytes"])
-        spans["start"] = spans["end"] - self.documents["bytes"]
-        return spans
-
 
 def collect_contamination(settings: PrepareConfig, work: Path) -> Path | None:
     """A file of the n-grams in the texts that --decontaminate names; None where it names none."""
@@ -361,42 +336,20 @@ def collect_contamination(settings: PrepareConfig, work: Path) -> Path | None:
 def collect(settings, reader: Reader, contamination: Path | None, workers, work: Path) -> Corpus:
     """Read and clean all documents. Raises Failure."""
     clean = partial(clean_part, settings, contamination)
-    tally, parts = Tally(), [np.zeros(0, dtype=DOCUMENT)]
-    texts_path, signatures_path = work / "texts", work / "signatures"
-    with (
-        open(texts_path, "wb") as texts_file,
-        open(signatures_path, "wb") as signatures_file,
-        Progress("bytes read", reader.total) as progress,
-    ):
-        for texts, documents, signatures, dropped in workers.map(clean, in_parts(reader)):
-            texts_file.write(texts)
-            signatures_file.write(signatures)
-            parts.append(documents)
-            tally.add(dropped)
-            progress.update(reader.done)
-    tally.add(reader.tally)
-    documents = np.concatenate(parts)
-    if not len(documents):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in tally.documents.items())
+    signature_bytes = dedupe.SIGNATURE_BYTES if settings.dedupe == "near" else 0
+    with Progress("bytes read", reader.total) as progress:
+
+        def cleaned_parts():
+            for part in workers.map(clean, in_parts(reader)):
+                yield part
+                progress.update(reader.done)
+
+        corpus = write_corpus(cleaned_parts(), work, signature_bytes)
+    corpus.tally.add(reader.tally)
+    if not len(corpus.documents):
+        reasons = ", ".join(f"{n} {reason}" for reason, n in corpus.tally.documents.items())
         raise Failure(f"{settings.source or settings.name}: no text is left ({reasons})")
-    shape = (len(documents), dedupe.SIGNATURE_BYTES if settings.dedupe == "near" else 0)
-    signatures = np.zeros(shape, np.uint8)
-    if shape[1]:
-        signatures = np.memmap(signatures_path, np.uint8, "r", shape=shape)
-    return Corpus(texts_path, documents, signatures, tally)
-
-
-def in_parts(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Documents in lists of about PART_CHARACTERS."""
-    part, characters = [], 0
-    for document in documents:
-        part.append(document)
-        characters += len(document[0])
-        if characters >= PART_CHARACTERS:
-            yield part
-            part, characters = [], 0
-    if part:
-        yield part
+    return corpus
 
 
 def clean_part(settings: PrepareConfig, contamination: Path | None, part: list) -> tuple:
@@ -434,9 +387,7 @@ def is_for_validation(text: bytes, val_fraction: float) -> bool:
 
 
 def deduplicate(settings: PrepareConfig, corpus: Corpus) -> np.ndarray:
-    """Indices of the documents that stay: of repeated ones the first, validation before
-    training.
-    """
+    """Indices of the documents to keep: the first of repeated ones, validation before training."""
     order = np.argsort(~corpus.documents["is_val"], kind="stable")
     if settings.dedupe != "none":
         originals = dedupe.find_exact(corpus.documents["digest"][order])
@@ -449,61 +400,34 @@ def deduplicate(settings: PrepareConfig, corpus: Corpus) -> np.ndarray:
 
 def drop_repeated(reason: str, corpus: Corpus, order: np.ndarray, originals: np.ndarray):
     """Tally documents that repeat another; return the others. originals: positions in `order`."""
-    is_repeated, spans = originals != np.arange(len(order)), corpus.spans()
+    is_repeated, is_val = originals != np.arange(len(order)), corpus.documents["is_val"]
     for dropped, kept in zip(order[is_repeated], order[originals[is_repeated]]):
-        leaks = spans["is_val"][kept] > spans["is_val"][dropped]
-        name = reason + (" of validation text" if leaks else "")
+        name = reason + (" of validation text" if is_val[kept] > is_val[dropped] else "")
         corpus.tally.documents[name] += 1
         corpus.tally.bytes[name] += int(corpus.documents["bytes"][dropped])
         if corpus.tally.documents[name] <= 3:
-            texts = [text[:300] for text in read_texts(corpus.texts, spans[[dropped, kept]])]
-            corpus.tally.show(name, "dropped ⟷ kept", " ⟷ ".join(texts))
+            texts = corpus.texts(corpus.spans()[[dropped, kept]])
+            corpus.tally.show(name, "dropped ⟷ kept", " ⟷ ".join(text[:300] for text in texts))
     return order[~is_repeated]
 
 
-def split_documents(corpus: Corpus, kept: np.ndarray, val_fraction: float):
-    """The spans of the kept documents, each for training or validation, and whether they are cut.
+def split_documents(corpus: Corpus, kept: np.ndarray, val_fraction: float) -> tuple[dict, bool]:
+    """The spans of the training and of the validation documents, and whether they are cut.
 
     With very few documents their hashes can leave a split empty, or far from its share. Then the
     end of each document is held out instead.
     """
-    spans = corpus.spans()[kept]
-    share = sizes_of(spans[spans["is_val"]]).sum() / sizes_of(spans).sum()
+    spans, is_val = corpus.spans()[kept], corpus.documents["is_val"][kept]
+    splits = {"train": spans[~is_val], "val": spans[is_val]}
+    share = count_bytes(splits["val"]) / count_bytes(spans)
     is_cut = bool(not 1 / 8 < share / val_fraction < 4 or share == 1)
     if is_cut:
         count, end = f"{len(spans)} documents are too few to hold some out", f"{val_fraction:.1%}"
-        print(
-            f"{count}: the last {end} of each is for validation. More text changes that", flush=True
-        )
-        spans = cut_spans(corpus.texts, spans, val_fraction)
-    if not all(sizes_of(spans[spans["is_val"] == is_val]).sum() for is_val in (False, True)):
+        print(f"{count}: the last {end} of each is for validation. More text changes that")
+        splits["train"], splits["val"] = corpus.cut(spans, val_fraction)
+    if not all(map(count_bytes, splits.values())):
         raise Failure("there is too little text for a training and a validation split")
-    return spans, is_cut
-
-
-def cut_spans(path: Path, spans: np.ndarray, val_fraction: float) -> np.ndarray:
-    """Each document as two: its start for training, its end for validation, cut at a character."""
-    cut = []
-    with open(path, "rb") as file:
-        for _, start, end in spans:
-            middle = end - round((end - start) * val_fraction)
-            file.seek(middle)
-            following = file.read(4) + b" "  # the bytes after the first of a character are 10......
-            middle += next(i for i, byte in enumerate(following) if byte & 0xC0 != 0x80)
-            cut += [(False, start, middle), (True, middle, end)]
-    return np.array(cut, dtype=SPAN)
-
-
-def sizes_of(spans: np.ndarray) -> np.ndarray:
-    return spans["end"] - spans["start"]
-
-
-def read_texts(path: Path, spans: np.ndarray) -> Iterator[str]:
-    """The texts at these spans of a file."""
-    with open(path, "rb") as file:
-        for _, start, end in spans:
-            file.seek(start)
-            yield file.read(end - start).decode()
+    return splits, is_cut
 
 
 # Tokenising
@@ -537,7 +461,7 @@ def write_shards(settings, on_texts: Callable, splits: dict, tokenizer: Tokenize
                 writer.add(tokens)
             shards = writer.finish()
         tokens = sum(shard["tokens"] for shard in shards)
-        counts = {"documents": len(spans), "bytes": int(sizes_of(spans).sum()), "tokens": tokens}
+        counts = {"documents": len(spans), "bytes": count_bytes(spans), "tokens": tokens}
         entries[split] = counts | {"shards": shards}
     return entries
 
@@ -555,42 +479,22 @@ def cached_tokenizer(path: Path, record: tuple) -> Tokenizer:
     return Tokenizer.from_record(dict(record), path.read_text(encoding="ascii"))
 
 
-def measure_overlap(on_texts: Callable, splits: dict, texts: Path, work: Path) -> float:
+def measure_overlap(
+    on_texts: Callable, val_texts: Iterable, train: np.ndarray, work: Path
+) -> float:
     """The share of n-grams of the validation text that are in the training text, too."""
-    val = first_bytes(splits["val"], OVERLAP_BYTES)
-    ngrams = dedupe.ngrams_of(read_texts(texts, val))
+    ngrams = dedupe.ngrams_of(val_texts)
     find = partial(dedupe.find_shared, path=dedupe.save_hashes(ngrams, work))
-    return dedupe.overlap(ngrams, on_texts(find, splits["train"], "bytes compared"))
+    return dedupe.overlap(ngrams, on_texts(find, train, "bytes compared"))
 
 
-def compress(texts: Path, spans: np.ndarray) -> dict[str, float]:
+def compress(corpus: Corpus, spans: np.ndarray) -> dict[str, float]:
     """Bits per byte that two compressors need, to compare a model with; none for a long text."""
-    if sizes_of(spans).sum() > COMPRESSED_BYTES:
+    if count_bytes(spans) > COMPRESSED_BYTES:
         return {}
-    text = "".join(read_texts(texts, spans)).encode()
+    text = "".join(corpus.texts(spans)).encode()
     compressed = {"lzma -9": lzma.compress(text, preset=9), "gzip -9": gzip.compress(text, 9)}
     return {name: 8 * len(data) / len(text) for name, data in compressed.items()}
-
-
-def first_bytes(spans: np.ndarray, max_bytes: int) -> np.ndarray:
-    """The first documents, up to that many bytes."""
-    return spans[np.cumsum(sizes_of(spans)) - sizes_of(spans) < max_bytes]
-
-
-def map_texts(workers: Workers, path: Path, function: Callable, spans: np.ndarray, unit: str):
-    """Yield function(texts) for parts of the texts at `spans`, in order; show the progress."""
-    part_of = np.cumsum(sizes_of(spans)) // PART_CHARACTERS
-    parts = np.split(spans, np.flatnonzero(np.diff(part_of)) + 1) if len(spans) else []
-    results, done = workers.map(partial(call_on_texts, path, function), parts), 0
-    with Progress(unit, int(sizes_of(spans).sum())) as progress:
-        for part, result in zip(parts, results):
-            yield result
-            done += int(sizes_of(part).sum())
-            progress.update(done)
-
-
-def call_on_texts(path: Path, function: Callable, spans: np.ndarray):
-    return function(read_texts(path, spans))
 
 
 # Datasets made of shards
@@ -615,21 +519,22 @@ def merge(settings: PrepareConfig, work: Path) -> dict:
     link_or_copy(paths[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     entries = {}
     for split in SPLITS:
-        shards, parts = [], [manifest["splits"][split] for manifest in manifests]
+        parts, shards = [manifest["splits"][split] for manifest in manifests], []
         for path, record in ((path, r) for path, part in zip(paths, parts) for r in part["shards"]):
             shards.append(record | {"file": f"{settings.name}_{split}_{len(shards):06d}.bin"})
             link_or_copy(path / record["file"], folder / shards[-1]["file"])
-        names = ("documents", "bytes", "tokens")
-        entries[split] = {name: sum(part[name] for part in parts) for name in names}
-        entries[split]["shards"] = shards
-    manifest = make_manifest(settings, tokenizers[0].record(), entries)
+        entries[split] = sum_counts(parts, "documents", "bytes", "tokens") | {"shards": shards}
+    manifest = make_manifest(settings, tokenizers[0], entries)
     for unit in ("documents", "bytes"):
         counts = [other[unit] for other in manifests]
-        manifest[unit] = {key: sum(count[key] for count in counts) for key in ("in", "kept")}
         dropped = sum((Counter(count["dropped"]) for count in counts), Counter())
-        manifest[unit]["dropped"] = dict(dropped)
+        manifest[unit] = sum_counts(counts, "in", "kept") | {"dropped": dict(dropped)}
     write_manifest(manifest, folder, {})
     return manifest
+
+
+def sum_counts(counts: list[dict], *names: str) -> dict:
+    return {name: sum(count[name] for count in counts) for name in names}
 
 
 def link_or_copy(source: Path, target: Path):
@@ -676,9 +581,7 @@ def report_page(manifest: dict, examples: dict) -> str:
     lines += [f"| {name} | {count:,} | {size:,} |" for name, count, size in rows]
     lines += ["", "Bytes read, and dropped by a rule, are counted before cleaning."]
     if manifest.get("documents_cut_in_two"):
-        lines.append(
-            "Of each document the end is for validation: they are too few to hold some out."
-        )
+        lines.append("The documents are too few to hold some out: the end of each is validation.")
     for rule, count in manifest.get("lines_dropped", {}).items():
         lines.append(f"Of documents that were kept, {rule} dropped {count:,} lines.")
     if "validation_overlap" in manifest:

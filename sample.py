@@ -157,33 +157,36 @@ def print_samples(model: GPT, tokenizer: Tokenizer, prompts: list[dict], setting
     rows = [(prompt, sample) for prompt in prompts for sample in range(settings.num_samples)]
     with Progress("samples", len(rows)) as progress:
         for first in range(0, len(rows), settings.batch_size):
-            batch, printed = rows[first : first + settings.batch_size], 0
-            starts = [prompt["prompt"] for prompt, _ in batch]
-            tokens = [encode_prompt(tokenizer, start) for start in starts]
-            warn_of_length(max(map(len, tokens)), model.config.block_size, settings)
-            starts[first == 0 :] = ["-" * 20 + "\n" + start for start in starts[first == 0 :]]
-            numbered = [(row, sample) for row, (_, sample) in zip(tokens, batch)]
-            for completions in complete(model, tokenizer, numbered, settings):
-                for completion, (prompt, sample) in zip(completions[printed:], batch[printed:]):
-                    if not settings.json:
-                        text, starts[printed] = starts[printed] + completion.new_text(), ""
-                        print(text, end="\n" if completion.ended else "", flush=True)
-                    elif completion.ended:
-                        record = prompt | {"sample": sample} | completion.to_dict()
-                        print(json.dumps(record, ensure_ascii=False), flush=True)
+            batch, number = rows[first : first + settings.batch_size], 0  # of the row now printed
+            tokens = [(encode_prompt(tokenizer, p["prompt"]), sample) for p, sample in batch]
+            warn_of_length(max(len(row) for row, _ in tokens), model.config.block_size, settings)
+            for completions in complete(model, tokenizer, tokens, settings):
+                for completion, (prompt, sample) in zip(completions[number:], batch[number:]):
+                    separator = "-" * 20 + "\n" if first + number else ""
+                    print_new(completion, prompt, sample, separator, settings.json)
                     if not completion.ended:
                         break
-                    printed += 1
+                    number += 1
                 if not sys.stdout.isatty():
                     progress.update(first + sum(bool(row.ended) for row in completions))
+
+
+def print_new(completion: "Completion", prompt: dict, sample: int, separator: str, as_json: bool):
+    """Print what is new of a continuation; as JSON, all of it when it has ended."""
+    if not as_json:
+        start = "" if completion.is_begun else separator + prompt["prompt"]
+        completion.is_begun = True
+        print(start + completion.new_text(), end="\n" if completion.ended else "", flush=True)
+    elif completion.ended:
+        record = prompt | {"sample": sample} | completion.to_dict()
+        print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def warn_of_length(longest: int, context: int, settings: SampleConfig):
     """Say on standard error where a prompt or its continuation exceeds the model's context."""
     if longest > context:
-        print(
-            f"of the prompt's {longest} tokens the model sees the last {context}", file=sys.stderr
-        )
+        message = f"of the prompt's {longest} tokens the model sees the last {context}"
+        print(message, file=sys.stderr)
     elif longest + settings.max_new_tokens > context + 1:
         half = f"continues from the last {context // 2}"
         print(f"after {context} tokens the model {half}", file=sys.stderr)
@@ -222,9 +225,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return [tokenizer.end_of_text, *tokenizer.encode(text).tolist()]
 
 
-def complete(
-    model: GPT, tokenizer: Tokenizer, rows: list, settings: SampleConfig
-) -> Iterator[list]:
+def complete(model: GPT, tokenizer: Tokenizer, rows: list, settings: SampleConfig) -> Iterator:
     """Decode rows at once, each (prompt's tokens, number of the sample), until all have ended.
 
     Yields a Completion for each row, every time that they have grown.
@@ -250,13 +251,12 @@ class Completion:
         self.tokenizer = tokenizer
         self.max_tokens = settings.max_new_tokens
         self.stops = [stop.replace("\\n", "\n") for stop in settings.stop.split("|") if stop]
-        self.decoder = codecs.getincrementaldecoder("utf-8")(
-            "replace"
-        )  # waits for whole characters
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # for whole characters
         self.tokens, self.logprobs = [], []
         self.text = ""
         self.shown = 0  # characters that new_text has returned
         self.ended = ""  # why: "end of text", "stop" or "length"
+        self.is_begun = False  # whether print_new has printed the prompt
         self.started = time.perf_counter()
 
     def add(self, token: int, logprob: float):
@@ -315,11 +315,8 @@ def generate(model: GPT, prompts: list, noise: np.ndarray, vocab_size: int, sett
     half of it, prefilled anew. vocab_size: entries of the tokenizer; the model can have more.
     """
     batch = Batch(model, prompts, noise, vocab_size, settings)
-    max_steps, done, end = (
-        GPU_STEPS if batch.tokens.is_cuda else 1,
-        batch.start,
-        batch.tokens.size(1),
-    )
+    max_steps = GPU_STEPS if batch.tokens.is_cuda else 1
+    done, end = batch.start, batch.tokens.size(1)  # columns
     while done < end:
         room = batch.context - batch.lengths.max()
         if not room:
@@ -334,18 +331,18 @@ def generate(model: GPT, prompts: list, noise: np.ndarray, vocab_size: int, sett
 
 
 class Batch:
-    """Rows that are decoded together. Prompts of 2, 4 and 3 tokens, two tokens g generated:
+    """Rows that are decoded together: here prompts of 2, 4 and 3 tokens, and two steps, each a g.
 
-        tokens (B, columns)         cache (B, S), a slot per position
-        .  .  a  b  g  g            a  b  g  ?  .  .
-        c  d  e  f  g  g            c  d  e  f  g  .
-        .  h  i  j  g  g            h  i  j  g  .  .
+        tokens (B, columns)     cache (B, S) after prefilling     and after two steps
+        .  .  a  b  g  g        a  ?  ?  .  .                     a  b  g  .  .
+        c  d  e  f  g  g        c  d  e  .  .                     c  d  e  f  g
+        .  h  i  j  g  g        h  i  ?  .  .                     h  i  j  g  .
 
-    Tokens are aligned at the right end of the prompts, so that a decoding step computes one column.
-    The cache is aligned at the left: the slot of a token is its position. Prefilling reads padded
-    prompts and so leaves garbage (?) in the slots after a short one. The mask hides each slot from
-    `lengths` on, and decoding overwrites it when the row gets there. The last token is not in the
-    cache: the next step computes it.
+    Tokens are aligned at the right end of the prompts, so that a step computes one column. The
+    cache is aligned at the left: the slot of a token is its position. Prefilling reads all but the
+    last tokens, padded, and leaves garbage (?) behind a short prompt. The mask hides the slots from
+    a row's length on, and a step overwrites the first of them. A step reads the last column, adds
+    it to the cache and computes the next, so the newest token is never in the cache yet.
     """
 
     def __init__(self, model: GPT, prompts, noise, vocab_size: int, settings: SampleConfig):
@@ -365,9 +362,7 @@ class Batch:
         self.noise[:, self.start :] = torch.from_numpy(noise)
         for row, (prompt, end) in enumerate(zip(prompts, visible)):
             self.tokens[row, self.start - len(end) : self.start] = torch.tensor(end)
-            self.is_in_text[row, prompt[1:]] = (
-                True  # the first is the end-of-text of every document
-            )
+            self.is_in_text[row, prompt[1:]] = True  # [0] is the end-of-text before a document
         self.lengths = np.zeros(rows, dtype=int)  # the cache's, without asking the device
         self.prefill(range(rows), visible)
 
@@ -384,9 +379,7 @@ class Batch:
             tokens = torch.zeros(len(chunk), len(chunk[0]), dtype=torch.long)
             for number, prompt in enumerate(chunk):
                 tokens[number, : len(prompt)] = torch.tensor(prompt)
-            pairs = [
-                (row, number) for number, prompt in enumerate(chunk) for row in rows_of[prompt]
-            ]
+            pairs = [(row, n) for n, prompt in enumerate(chunk) for row in rows_of[prompt]]
             with self.cache.prefill(*torch.tensor(pairs, device=self.tokens.device).T):
                 self.model.next_logits(tokens.to(self.tokens.device), self.cache)
 

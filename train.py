@@ -193,7 +193,9 @@ def train(run: Run) -> bool:
     """Train to max_steps, or return False at a request to stop. Either way latest.pt is saved."""
     settings, ranks, first_step = run.settings, run.ranks, run.step
     forward = parallelize(run)
-    meter = make_meter(run)
+    peak = hardware.peak_flops(ranks.device, settings.dtype) * ranks.world_size
+    flops = run.model.flops_per_token(settings.block_size)
+    meter = log.Meter(settings.max_steps, settings.batch_tokens, flops, peak)
     grad_norm = torch.zeros(())
     batch = micro_batch(run, first_step, 0)
     with stop_requests() as stop_requested:
@@ -294,13 +296,6 @@ def check_finite(run: Run, **values: float):
         )
 
 
-def make_meter(run: Run) -> log.Meter:
-    settings = run.settings
-    flops = run.model.flops_per_token(settings.block_size)
-    peak = hardware.peak_flops(run.ranks.device, settings.dtype) * run.ranks.world_size
-    return log.Meter(settings.max_steps, settings.batch_tokens, flops, peak)
-
-
 def log_step(run: Run, meter: log.Meter, loss: float, grad_norm: float, learning_rate: float):
     """Print a line about the step just done and add it to metrics.jsonl."""
     check_finite(run, loss=loss, gradient_norm=grad_norm)
@@ -315,23 +310,16 @@ def log_step(run: Run, meter: log.Meter, loss: float, grad_norm: float, learning
 # The optimizers and their schedule
 
 
-def make_optimizers(
-    model: GPT, settings: TrainConfig, ranks: "Ranks"
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, settings: TrainConfig, ranks: "Ranks") -> list:
     """AdamW (Loshchilov & Hutter 2019), and Muon for the blocks' matrices if asked for."""
-    muon = []
+    decay, muon, parameters = settings.weight_decay, [], list(model.parameters())
     if settings.optimizer == "muon":
-        momentum, decay = settings.muon_momentum, settings.weight_decay
-        muon = [Muon(model.matrices(), momentum, decay, ranks.split)]
-    taken = {id(p) for optimizer in muon for p in optimizer.param_groups[0]["params"]}
-    parameters = [p for p in model.parameters() if id(p) not in taken]
-    groups = [
-        {
-            "params": [p for p in parameters if p.dim() >= 2],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+        muon = [Muon(model.matrices(), settings.muon_momentum, decay, ranks.split)]
+        taken = {id(weight) for weight, _ in model.matrices()}
+        parameters = [p for p in parameters if id(p) not in taken]
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (settings.beta1, settings.beta2)
     return [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True), *muon]
 
@@ -677,21 +665,13 @@ def describe(run: Run) -> str:
 
 
 def report(run: Run):
-    """Print what the run reached, draw its losses, and let the model continue a prompt."""
-    if run.ranks.rank:
-        return
-    loss = f"validation loss {run.val_loss:.4f} nats per token"
-    print(f"\n{loss}, perplexity {log.perplexity(run.val_loss):.2f}")
-    if run.dataset.manifest:
-        val = run.dataset.manifest["splits"]["val"]
+    """Print what the run reached, and let the model continue a prompt."""
+    if run.ranks.rank == 0:
+        val = run.dataset.manifest["splits"]["val"] if run.dataset.manifest else {}
         compressors = val.get("compressed_bits_per_byte", {})
-        others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
-        print(f"{bits_per_byte(run):.3f} bits per byte of validation text{others}")
-    print(log.draw_losses(run.folder))
-    path = run.folder / "latest.pt"
-    print(f"checkpoint: {path}\nto sample from it: python sample.py --checkpoint={path}")
-    if run.settings.sample_prompt:
-        sample.continue_prompt(run.model, run.dataset.tokenizer, run.settings.sample_prompt)
+        log.print_report(run.folder, run.val_loss, bits_per_byte(run), compressors)
+        if run.settings.sample_prompt:
+            sample.continue_prompt(run.model, run.dataset.tokenizer, run.settings.sample_prompt)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,16 @@ import dataclasses
 import difflib
 import inspect
 import math
-import operator
 import os
 import re
 import sys
 import time
+from operator import add, floordiv, mul, sub, truediv
 from pathlib import Path
 
 BAD_INPUT, NOT_FINITE, NO_CHECKPOINT, IN_USE, INPUT_OUTPUT = 2, 3, 4, 5, 6  # exit codes; 0 is done
 
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-}
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv}
 
 
 class Failure(Exception):
@@ -154,32 +148,28 @@ def read_recipe(path: Path, settings_class) -> dict:
     values = {}
     for node in tree.body:
         where = f"{path}:{node.lineno}"
-        if is_docstring(node):
-            continue
-        is_plain = isinstance(node, ast.Assign) and len(node.targets) == 1
-        if not is_plain or not isinstance(node.targets[0], ast.Name):
-            raise Failure(f"{where}: a recipe holds only lines of the form name = value")
-        name = node.targets[0].id
-        values[name] = convert(settings_class, name, evaluate(node.value, where), where)
+        match node:
+            case ast.Expr(ast.Constant(str())):  # a docstring
+                continue
+            case ast.Assign([ast.Name(name)], value):
+                values[name] = convert(settings_class, name, evaluate(value, where), where)
+            case _:
+                raise Failure(f"{where}: a recipe holds only lines of the form name = value")
     return values
-
-
-def is_docstring(node: ast.stmt) -> bool:
-    is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return is_constant and isinstance(node.value.value, str)
 
 
 def evaluate(node, where: str):
     """The value of a literal, or of arithmetic on numbers. Raises Failure."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
-        return node.value
     try:
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -evaluate(node.operand, where)
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            left, right = evaluate(node.left, where), evaluate(node.right, where)
-            if not isinstance(left, str) and not isinstance(right, str):
-                return OPERATORS[type(node.op)](left, right)
+        match node:
+            case ast.Constant(bool() | int() | float() | str() as value):
+                return value
+            case ast.UnaryOp(ast.USub(), operand):
+                return -evaluate(operand, where)
+            case ast.BinOp(left, operator, right) if type(operator) in OPERATORS:
+                values = evaluate(left, where), evaluate(right, where)
+                if not any(isinstance(value, str) for value in values):
+                    return OPERATORS[type(operator)](*values)
     except (ArithmeticError, TypeError) as error:
         raise Failure(f"{where}: {error}") from None
     raise Failure(f"{where}: a value is a number, arithmetic on numbers, a string, True or False")

@@ -1,16 +1,24 @@
-"""Settings: what a recipe may hold, what wins, and what a mistake costs."""
+"""Settings: what a recipe may hold, which value wins, and how a mistake ends a program."""
 
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, run
+from conftest import ROOT, run_inside
 
 import config
-from train import Ranks, TrainConfig
+import evaluate
+import prepare_data
+import sample
+import train
 
 RECIPES = sorted((ROOT / "config").glob("[!_]*.py"))
+SCRIPTS = {  # main, settings, positional
+    "train": (train.main, train.TrainConfig),
+    "sample": (sample.main, sample.SampleConfig),
+    "evaluate": (evaluate.main, evaluate.EvaluateConfig),
+    "prepare_data": (prepare_data.main, prepare_data.PrepareConfig, "name"),
+}
 
 
 @dataclass
@@ -27,18 +35,32 @@ class Toy:
             raise ValueError(f"steps {self.steps} must be at least 1")
 
 
-def recipe(folder: Path, text: str, name: str = "recipe.py") -> str:
+def write_recipe(folder, text: str, name: str = "recipe.py") -> str:
     (folder / name).write_text(text, encoding="utf-8")
     return str(folder / name)
 
 
-def test_the_later_wins(tmp_path):
-    first = recipe(tmp_path, '"""Doc."""\nsteps = 8 * 1024  # a comment\nrate = 1\nname = "first"\n', "first.py")
-    second = recipe(tmp_path, 'name = "second"\nrate = -3e-4 / 2\n', "second.py")
-    assert config.load(Toy, []) == Toy()
-    assert config.load(Toy, ["--name=typed", first, second]) == Toy(8192, -1.5e-4, False, "typed")
-    assert config.load(Toy, [second, first, "--loud=True"]) == Toy(8192, 1.0, True, "first")
-    assert config.load(Toy, ["--steps=2*3", "--loud=true", "--name=a=b c"]) == Toy(6, 0.5, True, "a=b c")
+def test_the_later_value_wins(tmp_path):
+    text = '"""Doc."""\nsteps = 8 * 1024  # a comment\nrate = 1\nname = "first"\n'
+    first = write_recipe(tmp_path, text, "first.py")
+    second = write_recipe(tmp_path, 'name = "second"\nrate = -3e-4 / 2 + 0\n', "second.py")
+    for arguments, wanted in (
+        ([], Toy()),
+        (["--name=typed", first, second], Toy(8192, -1.5e-4, False, "typed")),
+        ([second, first, "--loud=True"], Toy(8192, 1.0, True, "first")),
+        (["--steps=2*3-1", "--loud=true", "--name=a=b c"], Toy(5, 0.5, True, "a=b c")),
+        (["--rate=7//2"], Toy(rate=3.0)),
+    ):
+        assert config.load(Toy, arguments) == wanted
+    assert config.load(Toy, ["--steps=3", "x"], positional="name") == Toy(3, name="x")
+
+
+def refused(capsys, arguments: list[str], positional="") -> str:
+    """What loading prints when it ends the program with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        config.load(Toy, arguments, positional)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -46,12 +68,12 @@ def test_the_later_wins(tmp_path):
     [
         ("import os", "recipe.py:1: a recipe holds only lines of the form name = value"),
         ("steps = 3\nsteps += 1", "recipe.py:2: a recipe holds only"),
-        ("if True:\n    steps = 3", "recipe.py:1: a recipe holds only"),
+        ("steps, rate = 3", "recipe.py:1: a recipe holds only"),
         ("steps = __import__('os').getpid()", "recipe.py:1: a value is a number"),
         ("steps = [1]", "recipe.py:1: a value is a number"),
         ("steps = 'a' * 3", "recipe.py:1: a value is a number"),
         ("steps = 1 / 0", "recipe.py:1: division by zero"),
-        ("steps = 10 ** 10", "recipe.py:1: a value is a number"),
+        ("steps = -'a'", "recipe.py:1: bad operand"),
         ("steps = 1.5", "recipe.py:1: steps is a whole number, not 1.5"),
         ("steps = True", "recipe.py:1: steps is a whole number, not True"),
         ("loud = 1", "recipe.py:1: loud is True or False, not 1"),
@@ -62,135 +84,110 @@ def test_the_later_wins(tmp_path):
         ("steps = 0", "steps 0 must be at least 1"),
     ],
 )
-def test_a_bad_recipe_is_refused(tmp_path, capsys, text, message):
-    with pytest.raises(SystemExit) as exit_:
-        config.load(Toy, [recipe(tmp_path, text)])
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+def test_a_bad_recipe_is_refused_at_its_line(tmp_path, capsys, text, message):
+    assert message in refused(capsys, [write_recipe(tmp_path, text)])
 
 
 @pytest.mark.parametrize(
-    "argument, message",
+    "arguments, message",
     [
         ("--rat=1", "there is no setting rat; did you mean rate?"),
+        ("--zzzz=1", "there is no setting zzzz\n"),
         ("--steps=many", "steps is a whole number, not 'many'"),
         ("--rate=nan", "rate is a finite number, not 'nan'"),
         ("--loud=yes", "loud is True or False, not 'yes'"),
         ("--steps", "write --name=value"),
-        ("-steps=3", "write --name=value"),
         ("steps=3", "a recipe is a file"),
         ("config/smal.py", "there is no such recipe; did you mean config/small.py?"),
+        ("one two", "two: name is already one"),
     ],
 )
-def test_a_bad_argument_is_refused(capsys, argument, message):
-    with pytest.raises(SystemExit) as exit_:
-        config.load(Toy, [argument])
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+def test_a_bad_argument_is_refused(capsys, arguments, message):
+    positional = "name" if arguments == "one two" else ""
+    assert message in refused(capsys, arguments.split(), positional)
 
 
-def test_help_tells_every_setting(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        config.load(Toy, ["--help"], positional="name")
-    assert exit_.value.code == 0
-    printed = capsys.readouterr().out
-    for text in ("A toy.", "[recipe.py ...]", "--steps=5", "how many", "--name=''", "what it is called"):
-        assert text in printed
-
-
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py"])
-def test_help_of_the_scripts_explains_every_setting(script):
-    printed = run(script, "--help").stdout
-    settings = [line for line in printed.splitlines() if line.startswith("  --")]
-    assert len(settings) >= 7
-    for line in settings:
-        assert len(line.split(maxsplit=1)) == 2, f"no meaning: {line}"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_setting(script):
+    result = run_inside(*SCRIPTS[script][:2], ["--help"], *SCRIPTS[script][2:])
+    lines = [line for line in result.stdout.splitlines() if line.startswith("  --")]
+    names = [line.split("=")[0].removeprefix("  --") for line in lines]
+    assert result.returncode == 0 and names == list(SCRIPTS[script][1].__dataclass_fields__)
+    for line in lines:
+        name, comment = line.split("  ", 2)[1:]
+        assert comment.strip(), f"{name} has no comment"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads_and_tells_what_it_is(path):
-    settings = config.load(TrainConfig, [str(path)])
+def test_every_recipe_loads_and_says_what_it_is(path):
+    settings = config.load(train.TrainConfig, [str(path)])
     assert settings.out_dir == f"out/{path.stem}"
     docstring = path.read_text(encoding="utf-8").split('"""')[1]
-    assert "python train.py" in docstring or "torchrun" in docstring
-    assert f"config/{path.name}" in docstring
+    assert f"train.py config/{path.name}" in docstring
 
 
 BAD_SETTINGS = [
-    ("--n_head=5", "n_embd 768 must be a multiple of n_head 5"),
-    ("--batch_tokens=1000", "the nearest is 1024"),
-    ("--micro_batch_size=3", "must be a multiple of 3072"),
-    ("--n_layer=0", "n_layer is 0 and must be at least 1"),
-    ("--block_size=-1", "block_size is -1 and must be at least 1"),
-    ("--log_interval=0", "log_interval is 0"),
-    ("--dropout=1.0", "dropout is 1.0 and must be below 1"),
-    ("--learning_rate=-1", "learning_rate is -1.0"),
-    ("--min_lr=1", "min_lr 1.0 must not exceed learning_rate 0.0006"),
-    ("--warmup_steps=99999", "warmup_steps 99999 must not exceed max_steps 19073"),
-    ("--beta2=1.0", "beta2 is 1.0 and must be below 1"),
-    ("--device=gpu", "device is 'gpu' and must be one of auto, cpu, cuda, mps"),
-    ("--dtype=float16", "dtype is 'float16'"),
-    ("--compile=True", "compile is 'True' and must be one of auto, on, off"),
-    ("--seed=-1", "seed is -1"),
-    ("--max_step=5", "did you mean max_steps?"),
-    ("--arch=llama", "arch is 'llama' and must be one of gpt2, qwen3"),
-    ("--optimizer=sgd", "optimizer is 'sgd' and must be one of adamw, muon"),
-    ("--decay=step", "decay is 'step' and must be one of cosine, linear"),
-    ("--decay_steps=19000", "warmup_steps 700 and decay_steps 19000 are together more than max_steps 19073"),
-    ("--muon_momentum=1.0", "muon_momentum is 1.0 and must be below 1"),
-    ("--muon_learning_rate=-1", "muon_learning_rate is -1.0"),
-    ("--n_kv_head=4", "n_kv_head, head_size, intermediate_size and tie_embeddings can be chosen for qwen3 only"),
-    ("--tie_embeddings=False", "can be chosen for qwen3 only"),
-    ("--arch=qwen3 --n_kv_head=5", "n_head 12 must be a multiple of n_kv_head 5"),
-    ("--arch=qwen3 --head_size=63", "head_size 63 must be even"),
-    ("--arch=qwen3 --rope_theta=0", "rope_theta is 0.0 and must be at least 1"),
+    ("train --n_head=5", "n_embd 768 must be a multiple of n_head 5"),
+    ("train --batch_tokens=1000", "the nearest is 1024"),
+    ("train --micro_batch_size=3", "must be a multiple of 3072"),
+    ("train --n_layer=0", "n_layer is 0 and must be at least 1"),
+    ("train --seed=9223372036854775808", "below 2^63"),
+    ("train --dropout=1.0", "dropout is 1.0 and must be at least 0 and below 1"),
+    ("train --learning_rate=-1", "learning_rate is -1.0"),
+    ("train --min_lr=1", "min_lr 1.0 must not exceed learning_rate 0.0006"),
+    ("train --warmup_steps=99999", "must not exceed max_steps 19073"),
+    ("train --decay_steps=19000", "warmup_steps 700 + decay_steps 19000 must not exceed"),
+    ("train --beta2=1.0", "beta2 is 1.0 and must be below 1"),
+    ("train --device=gpu", "device is 'gpu' and must be one of auto, cpu, cuda, mps"),
+    ("train --optimizer=sgd", "optimizer is 'sgd' and must be one of adamw, muon"),
+    ("train --tie_embeddings=False", "can be chosen for qwen3 only"),
+    ("train --arch=qwen3 --n_kv_head=5", "n_head 12 must be a multiple of n_kv_head 5"),
+    ("train --arch=qwen3 --head_size=63", "head_size 63 must be even"),
+    ("train --arch=qwen3 --rope_theta=0", "rope_theta is 0.0 and must be at least 1"),
+    ("train --init_from=typo", "'typo' is not one of scratch, resume, a folder, gpt2, or OWNER"),
+    ("sample --temperature=-1", "temperature is -1.0"),
+    ("sample --top_p=0", "top_p is 0.0"),
+    ("evaluate", "name a text"),
+    ("evaluate --text=x --stride=-1", "stride is -1"),
+    ("prepare_data stdlib --val_fraction=1", "val_fraction 1.0 must be at least 0 and below 1"),
+    ("prepare_data stdlib --tokenizer=bpe:12", "257"),
+    ("prepare_data mine", "--source=PATH"),
+    ("prepare_data ../x", "plain name"),
+    ("prepare_data stdlib --source=.", "give your own text another name"),
 ]
 
 
-@pytest.mark.parametrize("option, message", BAD_SETTINGS)
-def test_train_refuses_bad_settings_before_torch_and_before_any_folder(tmp_path, option, message):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")  # stands before the real one
-    result = run(ROOT / "train.py", *option.split(), cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert result.returncode == 2
-    assert message in result.stderr and "Traceback" not in result.stderr and "torch" not in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
+@pytest.mark.parametrize("command, message", BAD_SETTINGS)
+def test_bad_settings_are_refused_before_a_folder_is_made(tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = command.split()
+    result = run_inside(*SCRIPTS[script][:2], arguments, *SCRIPTS[script][2:])
+    assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "script, option, message",
-    [
-        ("sample.py", "--temperature=-1", "temperature is -1.0"),
-        ("sample.py", "--top_p=0", "top_p is 0.0"),
-        ("sample.py", "--num_samples=0", "num_samples is 0"),
-        ("prepare_data.py", "--val_fraction=1", "val_fraction 1.0 must lie between 0 and 1"),
-        ("prepare_data.py", "--tokenizer=gpt5", "'gpt5' is none of gpt2, bytes, bpe:N"),
-        ("prepare_data.py", "--tokenizer=bpe:12", "from 257"),
-        ("prepare_data.py", "--name=mine", "add --source=PATH"),
-        ("prepare_data.py", "--name=../x", "plain name"),
-        ("prepare_data.py", "--source=.", "names a dataset of its own"),
-    ],
-)
-def test_the_other_scripts_refuse_bad_settings(tmp_path, script, option, message):
-    name = [] if "--name" in option or script == "sample.py" else ["stdlib"]
-    result = run(ROOT / script, *name, option, cwd=tmp_path)
-    assert result.returncode == 2
-    assert message in result.stderr and "Traceback" not in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("rank, said, waits", [("0", True, []), ("1", False, [10])])
-@pytest.mark.parametrize("whose", ["an error of all", "an error of the first alone"])
-def test_the_first_rank_speaks_before_another_ends(whose, rank, said, waits, monkeypatch, capsys):
-    def fail():
-        raise config.Failure("n_layer is 0")
-
-    waited = []
-    monkeypatch.setattr(config.time, "sleep", waited.append)
-    monkeypatch.setattr(Ranks, "any", lambda ranks, flag: True)
+@pytest.mark.parametrize("rank, prints", [("0", True), ("1", False)])
+def test_an_error_of_all_ranks_is_printed_by_the_first(rank, prints, monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(config.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as ended, config.exit_codes():
-        if whose == "an error of all":
-            config.load(TrainConfig, ["--n_layer=0"])
-        else:
-            Ranks(int(rank), 2, torch.device("cpu")).first_alone(fail)
-    assert ended.value.code == 2 and ("n_layer" in capsys.readouterr().err) == said and waited == waits
+    assert ("rate" in refused(capsys, ["--rate=x"])) == prints != bool(slept)
+
+
+@pytest.mark.parametrize("error, code", [(OSError("disk"), 6), (KeyboardInterrupt(), 130)])
+def test_errors_of_the_system_have_their_exit_code(error, code, capsys):
+    with pytest.raises(SystemExit) as exit_, config.exit_on_failure():
+        raise error
+    assert exit_.value.code == code and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_one_line_that_a_short_task_does_not_print(is_terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    now = [0.0]
+    monkeypatch.setattr(config.time, "monotonic", lambda: now[0])
+    with config.Progress("bytes", 100) as progress:
+        for now[0], done in ((1, 10), (4, 20), (4.1, 30)):
+            progress.update(done)
+    printed = capsys.readouterr().err
+    assert printed.count("20 of 100 bytes, 16 s left") == printed.count("left") == 1
+    assert printed.count("\n") == (not is_terminal)

@@ -1,0 +1,234 @@
+"""Shards, windows, the manifest, and the order in which training sees the windows."""
+
+import hashlib
+import json
+import math
+import shutil
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from config import Failure
+from dataset import Dataset, ShardWriter, Windows, open_shard, read_manifest, shuffle, window_order
+from train import Ranks, Run, TrainConfig, micro_batch
+
+
+def write_shards(folder, prefix: str, tokens, shard_tokens: int = 10**6, vocab_size: int = 257):
+    """Write tokens as prefix_000000.bin and so on; return the manifest's records."""
+    with ShardWriter(folder, prefix, shard_tokens, vocab_size) as writer:
+        for part in np.array_split(np.asarray(tokens, dtype=np.uint32), 3):
+            writer.add(part)
+        return writer.finish()
+
+
+@pytest.fixture
+def tiny(data_dir, tmp_path):
+    """A copy of the dataset `tiny`, to damage."""
+    return shutil.copytree(data_dir / "tiny", tmp_path / "tiny")
+
+
+# ---- shards
+
+
+@pytest.mark.parametrize(
+    "magic, version, letter, vocab_size", [(20240520, 1, "H", 2**16), (20240801, 7, "I", 2**16 + 1)]
+)
+def test_shards_have_the_layout_of_llm_c(tmp_path, magic, version, letter, vocab_size):
+    numbers = [50256, 0, vocab_size - 1, 7586, 21831]
+    header = struct.pack("<3i", magic, version, len(numbers)) + bytes(4 * 253)
+    (record,) = write_shards(tmp_path, "x", numbers, vocab_size=vocab_size)
+    content = (tmp_path / "x_000000.bin").read_bytes()
+    assert content == header + struct.pack(f"<5{letter}", *numbers)
+    assert record["sha256"] == hashlib.sha256(content).hexdigest()
+    assert (record["file"], record["tokens"]) == ("x_000000.bin", 5)
+    assert open_shard(tmp_path / "x_000000.bin").tolist() == numbers
+
+
+def test_a_shard_is_full_before_the_next_begins(tmp_path):
+    records = write_shards(tmp_path, "x", range(1000), shard_tokens=300, vocab_size=1000)
+    assert [record["tokens"] for record in records] == [300, 300, 300, 100]
+    assert [record["largest_id"] for record in records] == [299, 599, 899, 999]
+    shards = [open_shard(tmp_path / record["file"]) for record in records]
+    assert np.concatenate(shards).tolist() == list(range(1000))
+    assert write_shards(tmp_path, "none", []) == []
+
+
+def test_damaged_and_unfinished_shards_are_refused(tmp_path):
+    path = tmp_path / "x_000000.bin"
+    write_shards(tmp_path, "x", range(100))
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:-2], whole + b"ab", whole[:1024]):
+        path.write_bytes(content)
+        with pytest.raises(Failure, match="says 100 tokens but has"):
+            open_shard(path)
+    for content in (b"", whole[:500], b"\0" * 2000, whole[:4] + b"\7" + whole[5:]):
+        path.write_bytes(content)
+        with pytest.raises(Failure, match="is not a shard"):
+            open_shard(path)
+    with ShardWriter(tmp_path, "y", 1000, 257) as writer:
+        writer.add(np.arange(100))
+    with pytest.raises(Failure, match="is not a shard"):
+        open_shard(tmp_path / "y_000000.bin")
+    with pytest.raises(Failure, match="z.bin is missing; prepare the dataset again"):
+        open_shard(tmp_path / "z.bin")
+
+
+def test_windows_overlap_by_one_token_and_do_not_cross_shards(tmp_path):
+    for number, tokens in enumerate((range(41), range(100, 125), range(200, 205))):
+        write_shards(tmp_path, f"shard{number}", tokens)
+    windows = Windows(sorted(tmp_path.glob("*.bin")), block_size=10, vocab_size=300)
+    assert len(windows) == 4 + 2 + 0 and windows.count_tokens() == 41 + 25 + 5
+    rows = windows[np.array([3, 0, 4, 5])]
+    assert rows[:, 0].tolist() == [30, 0, 100, 110]
+    assert rows.shape == (4, 11) and rows.dtype == np.int64 and (np.diff(rows) == 1).all()
+    with pytest.raises(Failure, match="has token 110, but its tokenizer has 110 entries"):
+        Windows(windows.paths, 10, 110)[np.array([0, 4])]
+
+
+# ---- the dataset's folder
+
+
+def test_the_shards_are_those_of_the_manifest(tiny):
+    dataset = Dataset(tiny, 16)
+    splits = dataset.manifest["splits"]
+    write_shards(tiny, "x_train", range(100))  # belongs to something else
+    again = Dataset(tiny, 16)
+    for split in ("train", "val"):
+        assert getattr(again, split).count_tokens() == splits[split]["tokens"]
+    assert dataset.tokens_per_byte() == splits["val"]["tokens"] / splits["val"]["bytes"]
+    assert dataset.tokenizer.name == "bytes" and dataset.fingerprint() == again.fingerprint()
+    with pytest.raises(Failure, match="less than one window of 100001 train tokens"):
+        Dataset(tiny, 100_000)
+
+
+def replace_shard(folder):
+    (folder / "tiny_train_000000.bin").unlink()
+    write_shards(folder, "tiny_train", range(100))
+
+
+DAMAGE = [
+    (lambda folder: (folder / "tiny_train_000000.bin").unlink(), "000000.bin is missing"),
+    (replace_shard, "has 100 tokens, but manifest.json says 20000"),
+    (lambda folder: (folder / "tokenizer.tiktoken").unlink(), "tokenizer.tiktoken is missing"),
+    (lambda folder: (folder / "tokenizer.tiktoken").write_text("AQ== 0\n"), "is not the one in"),
+    (lambda folder: (folder / "manifest.json").write_text('{"name'), "is damaged, or is not JSON"),
+    (lambda folder: (folder / "manifest.json").write_text("{}"), "an entry is missing"),
+    (
+        lambda folder: (folder / "manifest.json").unlink(),
+        "has no manifest.json; name the tokenizer",
+    ),
+]
+
+
+@pytest.mark.parametrize("damage, message", DAMAGE)
+def test_a_damaged_dataset_is_refused(tiny, damage, message):
+    damage(tiny)
+    with pytest.raises(Failure, match=message) as failure:
+        Dataset(tiny, 16)
+    assert failure.value.code == 2 and len(str(failure.value).splitlines()) == 1
+
+
+def test_every_entry_of_a_manifest_is_checked(tiny):
+    manifest, path = read_manifest(tiny), tiny / "manifest.json"
+    damaged = [manifest | {name: [1]} for name in ("made_from", "tokenizer", "splits", "bytes")]
+    shard = {"file": "x.bin", "tokens": "many", "sha256": ""}
+    val = manifest["splits"]["val"] | {"shards": [shard]}
+    damaged.append(manifest | {"splits": manifest["splits"] | {"val": val}})
+    for content in damaged:
+        path.write_text(json.dumps(content))
+        with pytest.raises(Failure, match="manifest.json is damaged: an entry is missing"):
+            read_manifest(tiny)
+
+
+def test_shards_made_elsewhere_open_with_a_tokenizer_named(tmp_path):
+    with pytest.raises(Failure, match="has no shards named like fineweb_train_000001.bin"):
+        Dataset(tmp_path, 16, "bytes")
+    for split in ("train", "val"):
+        write_shards(tmp_path, f"fineweb_{split}", range(200))
+    with pytest.raises(Failure, match="name the tokenizer of its shards, as in --tokenizer=gpt2"):
+        Dataset(tmp_path, 16)
+    dataset = Dataset(tmp_path, 16, "bytes")
+    assert len(dataset.train) == len(dataset.val) == 12 and dataset.tokenizer.vocab_size == 257
+    assert math.isnan(dataset.tokens_per_byte())
+    before = dataset.fingerprint()
+    write_shards(tmp_path, "fineweb_train_more", range(50))
+    assert Dataset(tmp_path, 16, "bytes").fingerprint() == before  # not named like a shard
+    (tmp_path / "fineweb_train_more_000000.bin").rename(tmp_path / "fineweb_train_000001.bin")
+    assert Dataset(tmp_path, 16, "bytes").fingerprint() != before
+
+
+def test_documents_begin_at_each_end_of_text_and_at_each_shard(tmp_path):
+    write_shards(tmp_path, "a_train", [256, 1, 2, 256, 3, 4, 256, 5], shard_tokens=5)
+    write_shards(tmp_path, "a_val", [256, 9])
+    dataset = Dataset(tmp_path, 1, "bytes")
+    path = tmp_path / "a_train_00000"
+    assert [(where, tokens.tolist()) for where, tokens in dataset.documents("train")] == [
+        (f"{path}0.bin, token 0", [256, 1, 2]),
+        (f"{path}0.bin, token 3", [256, 3]),
+        (f"{path}1.bin, token 0", [256, 4]),
+        (f"{path}1.bin, token 1", [256, 5]),
+    ]
+
+
+# ---- the order of the windows
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 65, 1000])
+def test_a_shuffle_has_every_number_once(count):
+    orders = [shuffle(np.arange(count), count, key).tolist() for key in (1, 2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(count))
+    assert count < 7 or orders[0] != orders[1] != list(range(count))
+
+
+def test_a_shuffle_looks_random():
+    order = shuffle(np.arange(20_000), 20_000, 5).astype(float)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.03
+    assert abs(np.corrcoef(order, np.arange(20_000))[0, 1]) < 0.03
+    distance = np.abs(np.diff(order)).mean() / 20_000
+    assert distance == pytest.approx(1 / 3, abs=0.01)  # the mean of two points on a line
+
+
+def test_a_shuffle_of_a_trillion_needs_no_memory():
+    indices = shuffle(np.arange(10**12 - 50, 10**12), 10**12, 5)
+    assert len(set(indices.tolist())) == 50 and indices.min() >= 0 and indices.max() < 10**12
+
+
+def test_an_epoch_may_end_inside_a_batch():
+    indices = window_order(3, 0, 25, 10)
+    assert sorted(indices[:10]) == sorted(indices[10:20]) == list(range(10))
+    assert (window_order(3, 8, 4, 10) == indices[8:12]).all()
+    assert (window_order(4, 0, 25, 10) != indices).any()
+
+
+class Numbers:
+    """Stands in for Windows: window n is n, repeated."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, indices):
+        return np.repeat(indices[:, None], 5, axis=1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_ranks_see_the_same_batches_and_every_window_once_per_epoch(world_size):
+    settings = TrainConfig(block_size=4, batch_tokens=64, micro_batch_size=2)
+    dataset, batches = SimpleNamespace(train=Numbers()), [[] for _ in range(6)]
+    for rank in range(world_size):
+        ranks = Ranks(rank, world_size, torch.device("cpu"))
+        run = Run(settings, ranks, dataset, model=None, optimizers=[])
+        for step in range(6):
+            for micro_step in range(run.micro_steps):
+                tokens, targets = micro_batch(run, step, micro_step)
+                assert tokens.shape == targets.shape == (2, 4)
+                batches[step] += tokens[:, 0].tolist()
+        assert (
+            micro_batch(run, 0, run.micro_steps)[0].tolist() == micro_batch(run, 1, 0)[0].tolist()
+        )
+    assert sorted(sum(batches[:3], [])) == sorted(sum(batches[3:], [])) == list(range(48))
+    orders = [window_order(settings.seed, step * 16, 16, 48).tolist() for step in range(6)]
+    assert [sorted(batch) for batch in batches] == [sorted(order) for order in orders]
+    assert batches[:3] != batches[3:]
