@@ -51,7 +51,7 @@ class ModelShape:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
         if self.n_head % self.kv_heads:
             raise ValueError(
-                f"n_head {self.n_head} must be a multiple of n_kv_head {self.kv_heads}"
+                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
             )
         if not 1 <= self.rope_theta < math.inf:
             raise ValueError(f"rope_theta is {self.rope_theta} and must be at least 1")

@@ -1,10 +1,11 @@
-"""GPT-2 124M, fine-tuned on Shakespeare: two epochs at a small, constant rate, as nanoGPT's recipe does.
+"""GPT-2 124M, fine-tuned on Shakespeare: two epochs at a small, constant rate, as nanoGPT does.
 
 python prepare_data.py shakespeare
 python prepare_data.py shakespeare_gpt2 --source=data/downloads/tinyshakespeare.txt --tokenizer=gpt2
 python train.py config/finetune.py
-The first command brings the text, the second makes GPT-2's tokens of it, and the third the weights (0.5 GB).
-Not run: nothing can be downloaded on the machines that the other recipes were timed on.
+
+The first command downloads the text, the second makes GPT-2's tokens of it, and the third
+downloads the weights (0.5 GB; pip install safetensors huggingface_hub). Not yet run.
 """
 
 out_dir = "out/finetune"

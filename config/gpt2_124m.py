@@ -1,9 +1,12 @@
 """GPT-2 124M on 10B tokens.
 
+python prepare_data.py fineweb-10b-gpt2
 torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
-The data: python prepare_data.py fineweb-10b-gpt2 (20.8 GB); or add --dataset=NAME for text of yours.
-Not yet run to its end. One H200, torch 2.11, 2026-11-23, with --dataset=books --batch_tokens=65536 --max_steps=300
---warmup_steps=100: 522k tokens/s, validation loss 5.266 on unseen books.
+
+The first command downloads 20.8 GB; for your own text add --dataset=NAME to the second.
+Not yet run to its end. One H200, torch 2.11, 2026-11-23, with --dataset=books
+--batch_tokens=65536 --max_steps=300 --warmup_steps=100: 522,000 tokens/s, validation loss 5.266
+nats per token on unseen books.
 """
 
 out_dir = "out/gpt2_124m"

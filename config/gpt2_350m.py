@@ -1,8 +1,10 @@
 """GPT-2 350M on 10B tokens.
 
+python prepare_data.py fineweb-10b-gpt2
 torchrun --standalone --nproc_per_node=8 train.py config/gpt2_350m.py
-The data: python prepare_data.py fineweb-10b-gpt2 (20.8 GB); or add --dataset=NAME for text of yours.
-Not yet run.
+
+The first command downloads 20.8 GB; for your own text add --dataset=NAME to the second.
+Not yet run. The learning rate is GPT-3's for this size, not tuned here.
 """
 
 out_dir = "out/gpt2_350m"

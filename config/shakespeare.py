@@ -1,8 +1,10 @@
-"""Shakespeare by the byte: nanoGPT's CPU recipe, with the same shape and the same number of tokens.
+"""Shakespeare by the byte: nanoGPT's CPU recipe, with its shape and its number of tokens.
 
 python train.py config/shakespeare.py
-2 cores of an AMD EPYC (Zen 3), float32, torch 2.13.0, 2026-11-22: validation loss 1.769 nats a byte in 2 min 6 s.
-nanoGPT's README gives 1.88 for its own, at a learning rate of 1e-3; with that rate this one came to 1.90.
+
+2 cores of an AMD EPYC (Zen 3), float32, torch 2.13.0, 2026-11-22: validation loss 1.769 nats per
+byte in 2 min 6 s. nanoGPT's README gives 1.88 for its own, at a learning rate of 1e-3; with that
+rate this recipe came to 1.90.
 """
 
 out_dir = "out/shakespeare"

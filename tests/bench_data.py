@@ -1,10 +1,11 @@
-"""How fast text becomes data, next to what one process of the tokenizer alone does, and how much memory that takes.
+"""How fast text becomes data, compared with the tokenizer alone, and how much memory it needs.
 
     python tests/bench_data.py stdlib --tokenizer=gpt2
-    python tests/bench_data.py books --source=books.jsonl.xz --tokenizer=gpt2 --merges=32768 --file_bytes=1000000000
+    python tests/bench_data.py books --source=books.jsonl.xz --tokenizer=gpt2 --merges=32768 \\
+        --file_bytes=1000000000
 
-Takes the settings of prepare_data.py and a few more; writes into a temporary folder. Each figure is the median of three
-runs by turns, with the least and the most.
+Takes the settings of prepare_data.py and a few more; writes into a temporary folder. Each figure is
+the median of three runs (least to most); what is compared runs by turns.
 """
 
 import json
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,117 +27,143 @@ import numpy as np
 import config
 import prepare_data
 from prepare_data import PrepareConfig
+from readers import Reader
+from tokenizer import Tokenizer, count_pieces, train_bpe
+from tokenizer_files import load_tokenizer
+from workers import Workers
 
 RUNS = 3
+VARIANTS = [("none", "none"), ("basic", "exact"), ("basic", "near"), ("web", "near")]
 
 
 @dataclass
 class BenchConfig(PrepareConfig):
     """How fast text becomes data. Takes the settings of prepare_data.py as well."""
 
-    merges: int = 4096  # entries of a tokenizer to train, timed on one process
-    file_bytes: int = 0  # size of the two files, of one line and of many, whose preparation's memory is taken; 0 = none
+    merges: int = 4096  # entries of a tokenizer that is trained on one process
+    file_bytes: int = 0  # size of the large files whose preparation's memory is measured; 0 = none
 
 
-def seconds(function, *values) -> float:
-    started = time.perf_counter()
-    function(*values)
-    return time.perf_counter() - started
+def main(settings: BenchConfig):
+    settings = prepare_data.with_defaults(settings)
+    Path(settings.data_dir).mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.data_dir) as folder:
+        texts = [text for text, _ in open_source(settings)]
+        bench_stages(texts, settings, Path(folder))
+        bench_bpe(texts, settings)
+        if settings.file_bytes:
+            bench_memory(texts, settings, Path(folder))
 
 
-def show(name: str, values, unit: str):
-    print(f"{name:<52} {statistics.median(values):8.2f} {unit} ({min(values):.2f} to {max(values):.2f})", flush=True)
+def open_source(settings: BenchConfig) -> Reader:
+    if settings.source:
+        return prepare_data.make_reader(settings, settings.source)
+    return prepare_data.open_named(settings)
 
 
-def reader_of(settings: PrepareConfig) -> prepare_data.Reader:
-    return prepare_data.Reader(settings, settings.source) if settings.source else prepare_data.open_named(settings)
-
-
-def read(settings: PrepareConfig, workers: prepare_data.Workers, work: Path) -> prepare_data.Corpus:
-    return prepare_data.collect(settings, reader_of(settings), None, workers, work)
-
-
-def bench_stages(settings: BenchConfig, work: Path):
-    """Tokenising on all cores, against one process; cleaning and deduplication, against tokenising."""
-    with prepare_data.Workers(settings.processes) as workers:
-        corpus = read(replace(settings, clean="none", dedupe="none"), workers, work)
-        spans = corpus.spans()
-        texts = list(prepare_data.read_texts(corpus.texts, spans))
-        megabytes = prepare_data.sizes_of(spans).sum() / 1e6
-        print(f"{len(texts):,} documents, {megabytes:.1f} MB of text, {settings.processes} processes")
-        with open(work / "plain.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        plain = replace(settings, name="plain", source=str(work / "plain.jsonl"), text_field="text", format="")
-        variants = {
-            f"reading, clean {clean}, dedupe {dedupe}": replace(plain, clean=clean, dedupe=dedupe)
-            for clean, dedupe in (("none", "none"), ("basic", "exact"), ("basic", "near"), ("web", "near"))
+def bench_stages(texts: list[str], settings: BenchConfig, work: Path):
+    """Tokenising with all processes and with one; reading, cleaning and deduplication."""
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    documents = f"{len(texts):,} documents, {megabytes:.1f} MB of text"
+    print(f"{documents}, {settings.processes} processes")
+    downloads = Path(settings.data_dir) / "downloads"
+    tokenizer = load_tokenizer(settings.tokenizer, settings.split_pattern, downloads)
+    with open(work / "plain.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    plain = replace(settings, source=str(work / "plain.jsonl"), text_field="text", format="")
+    with Workers(settings.processes) as workers:
+        stages = {
+            "encode, one process": lambda: [tokenizer.encode(text) for text in texts],
+            "tokenising into shards": tokenizing(plain, workers, tokenizer, work),
         }
-        encoding = prepare_data.load_tokenizer(settings.tokenizer, Path(settings.data_dir))
-
-        def tokenize():
-            folder = work / "shards"  # the same each time, so that the processes know the tokenizer already
-            folder.mkdir()
-            tokenizer = prepare_data.save_tokenizer(encoding, folder)
-            prepare_data.write_shards(settings, workers, corpus.texts, spans, tokenizer, folder)
-            shutil.rmtree(folder)
-
-        def clean(variant: PrepareConfig):
-            with tempfile.TemporaryDirectory(dir=work) as folder:
-                prepare_data.deduplicate(variant, read(variant, workers, Path(folder)))
-
-        tokenize()  # now the processes have started and hold the tokenizer
-        alone, shards, cleaned = [], [], {name: [] for name in variants}
+        for clean, dedupe in VARIANTS:
+            variant = replace(plain, clean=clean, dedupe=dedupe)
+            name = f"reading, clean={clean}, dedupe={dedupe}"
+            stages[name] = partial(read_and_clean, variant, workers, work)
+        stages["tokenising into shards"]()  # now the processes run and have the tokenizer
+        taken = {name: [] for name in stages}
         for _ in range(RUNS):
-            alone.append(seconds(lambda: [encoding.encode_ordinary(text) for text in texts]))
-            shards.append(seconds(tokenize))
-            for name, variant in variants.items():
-                cleaned[name].append(seconds(clean, variant))
-    show("encode_ordinary, one process", megabytes / np.array(alone), "MB/s")
-    show("tokenising into shards", megabytes / np.array(shards), "MB/s")
-    show("  of processes x encode_ordinary", np.array(alone) / np.array(shards) / settings.processes, "")
-    for name, times in cleaned.items():
+            for name, stage in stages.items():
+                taken[name].append(seconds(stage))
+    alone, shards, *_ = (np.array(times) for times in taken.values())
+    for name, times in taken.items():
         show(name, megabytes / np.array(times), "MB/s")
-        show("  its time of tokenising's", np.array(times) / np.array(shards), "")
+        if name.startswith("reading"):
+            show("  share of tokenising's time", np.array(times) / shards, "")
+    show("tokenising / processes / encode", alone / shards / settings.processes, "")
 
 
-def bench_merges(settings: BenchConfig, work: Path):
-    """The training of a tokenizer on one process, its pieces counted already and with counting."""
-    with prepare_data.Workers(1) as workers:
-        corpus = read(replace(settings, clean="none", dedupe="none", processes=1), workers, work)
+def read_and_clean(settings: BenchConfig, workers: Workers, work: Path):
+    """All of prepare_data.py before tokenising."""
+    reader = prepare_data.make_reader(settings, settings.source)
+    corpus = prepare_data.collect(settings, reader, None, workers, work)
+    prepare_data.deduplicate(settings, corpus)
+
+
+def tokenizing(settings: BenchConfig, workers: Workers, tokenizer: Tokenizer, work: Path):
+    """A function that tokenises all text of the source into shards."""
+    (work / "whole").mkdir()
+    settings = replace(settings, clean="none", dedupe="none")
+    reader = prepare_data.make_reader(settings, settings.source)
+    corpus = prepare_data.collect(settings, reader, None, workers, work / "whole")
+    on_texts = partial(corpus.map, workers)
+    splits, folder = {"train": corpus.spans()}, work / "shards"
+
+    def tokenize():
+        folder.mkdir()  # always the same, so that the processes keep the tokenizer
+        prepare_data.write_shards(settings, on_texts, splits, tokenizer, folder)
+        shutil.rmtree(folder)
+
+    return tokenize
+
+
+def bench_bpe(texts: list[str], settings: BenchConfig):
+    """Training a tokenizer on one process: counting pieces, then merging."""
     counting, merging = [], []
     for _ in range(RUNS):
         started = time.perf_counter()
-        counts = prepare_data.count_pieces(corpus.texts, prepare_data.PATTERNS["gpt2"], corpus.spans())
+        counts = count_pieces(texts, settings.split_pattern or "gpt2")
         counting.append(time.perf_counter() - started)
-        merging.append(seconds(prepare_data.train_bpe, counts, settings.merges))
+        merging.append(seconds(partial(train_bpe, counts, settings.merges)))
     show(f"counting {len(counts):,} pieces for a tokenizer", counting, "s")
     show(f"learning {settings.merges:,} entries", merging, "s")
 
 
-def bench_memory(settings: BenchConfig, work: Path):
-    """The most memory that prepare_data.py and its processes hold together while they prepare one large file."""
-    words = " ".join(" ".join(text.split()) for text, _ in reader_of(settings))
+def bench_memory(texts: list[str], settings: BenchConfig, work: Path):
+    """The peak memory of prepare_data.py and its processes with one large file."""
+    (work / "downloads").symlink_to(Path(settings.data_dir, "downloads").resolve())
+    words = " ".join(" ".join(text.split()) for text in texts)
     for lines in ("one line", "many lines"):
         source = work / "large.txt"
+        text = words + " " if lines == "one line" else words.replace(". ", ".\n") + "\n"
         with open(source, "w", encoding="utf-8") as file:
             while file.tell() < settings.file_bytes:
-                file.write(words + " " if lines == "one line" else words.replace(". ", ".\n") + "\n")
-        options = [f"--source={source}", f"--tokenizer={settings.tokenizer}", f"--data_dir={work}", "--dedupe=near"]
-        command = [sys.executable, prepare_data.__file__, "large", *options, f"--processes={settings.processes}"]
-        started, most = time.perf_counter(), 0
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            while process.poll() is None:
-                most = max(most, memory_of(process.pid))
-                time.sleep(0.1)
-        if process.returncode:
-            sys.exit(f"prepare_data.py ended with {process.returncode}")
-        took = time.perf_counter() - started
-        print(f"{source.stat().st_size / 1e6:,.0f} MB in {lines}: {most / 1e6:,.0f} MB of memory, {took:.0f} s in all")
+                file.write(text)
+        options = [f"--source={source}", f"--tokenizer={settings.tokenizer}", "--dedupe=near"]
+        options += [f"--data_dir={work}", f"--processes={settings.processes}"]
+        command = [sys.executable, prepare_data.__file__, "large", *options]
+        started = time.perf_counter()
+        peak_bytes = peak_memory(command)
+        taken, size = time.perf_counter() - started, source.stat().st_size
+        memory = f"{peak_bytes / 1e6:,.0f} MB of memory"
+        print(f"{size / 1e6:,.0f} MB in {lines}: {memory}, {taken:.0f} s in all")
         shutil.rmtree(work / "large")
 
 
+def peak_memory(command: list[str]) -> int:
+    """Run a command; return the most bytes that it and its processes held at once."""
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            peak = max(peak, memory_of(process.pid))
+            time.sleep(0.1)
+    if process.returncode:
+        raise config.Failure(f"prepare_data.py ended with {process.returncode}")
+    return peak
+
+
 def memory_of(pid: int) -> int:
-    """Bytes that a process and its children hold, what they share counted once (Linux)."""
+    """Bytes that a process and its children hold, shared pages counted once (Linux)."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -144,15 +173,17 @@ def memory_of(pid: int) -> int:
     return pss + sum(memory_of(int(child)) for child in children)
 
 
-def main(settings: BenchConfig):
-    with tempfile.TemporaryDirectory(dir=settings.data_dir) as folder:
-        bench_stages(settings, Path(folder))
-        bench_merges(settings, Path(folder))
-        if settings.file_bytes:
-            bench_memory(settings, Path(folder))
+def seconds(function: Callable) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def show(name: str, values, unit: str):
+    low, median, high = min(values), statistics.median(values), max(values)
+    print(f"{name:<48} {median:8.2f} {unit} ({low:.2f} to {high:.2f})", flush=True)
 
 
 if __name__ == "__main__":
-    settings = config.load(BenchConfig, sys.argv[1:], positional="name")
-    with config.exit_codes():
-        main(settings)
+    with config.exit_on_failure():
+        main(config.load(BenchConfig, sys.argv[1:], positional="name"))

@@ -1,16 +1,22 @@
-"""Files that survive."""
+"""Checkpoints: files that prove their integrity, and what a name of a model opens."""
 
-import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import KINDS, ROOT, run_inside
 
 import checkpoint
-from config import IN_USE, NO_CHECKPOINT, Failure
+import train
+from config import INPUT_OUTPUT, NO_CHECKPOINT, Failure
+
+FIXTURES = ROOT / "tests" / "fixtures"  # written by groundup 0.1
 
 
 def some_state() -> dict:
-    weights = {"a": torch.arange(600.0), "b": torch.ones(3, 2, dtype=torch.bfloat16), "none": torch.zeros(())}
+    weights = {"a": torch.arange(600.0), "b": torch.ones(3, 2, dtype=torch.bfloat16)}
+    weights["scalar"] = torch.zeros(())
     return {"step": 3, "loss": 0.25, "model": weights, "names": ["x", "y"], "nothing": None}
 
 
@@ -22,46 +28,31 @@ def test_what_is_saved_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
 
 
-def test_the_checksum_sees_every_change():
-    sums = {checkpoint.checksum(some_state())}
-    for key, value in (("step", 4), ("step", "3"), ("names", ["xy"]), ("names", ["x", "y", ""]), ("nothing", 0)):
-        sums.add(checkpoint.checksum(some_state() | {key: value}))
-    weights = some_state()["model"]
-    for changed in (weights["a"] + 1, weights["a"].view(2, 300), weights["a"].view(torch.int32)):
-        sums.add(checkpoint.checksum(some_state() | {"model": weights | {"a": changed}}))
+def test_the_checksum_depends_on_every_name_value_type_and_shape():
+    sums, state = {checkpoint.checksum(some_state())}, some_state()
+    changes = [("step", 4), ("step", "3"), ("names", ["xy"]), ("names", ["x", "y", ""])]
+    for key, value in [*changes, ("nothing", 0)]:
+        sums.add(checkpoint.checksum(state | {key: value}))
+    a = state["model"]["a"]
+    for changed in (a + 1, a.view(2, 300), a.view(torch.int32)):
+        sums.add(checkpoint.checksum(state | {"model": state["model"] | {"a": changed}}))
     assert len(sums) == 9
 
 
 def test_any_flipped_byte_is_noticed(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, some_state())
-    whole = path.read_bytes()
-    place = whole.index(torch.arange(600.0).numpy().tobytes())
-    for position in (place, place + 1111, len(whole) // 2, 40, len(whole) - 5):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    content = path.read_bytes()
+    start = content.index(torch.arange(600.0).numpy().tobytes())
+    for index in (start, start + 1111, len(content) // 2, 40, len(content) - 5):
+        path.write_bytes(content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :])
         try:
             loaded = checkpoint.load(path)
         except Failure as failure:
             assert failure.code == NO_CHECKPOINT
-        else:  # the byte belongs to nothing that was saved
+        else:  # the byte is of nothing that was saved
             assert checkpoint.checksum(loaded) == checkpoint.checksum(some_state())
-            assert position not in (place, place + 1111)
-
-
-def test_a_wrong_checksum_is_noticed(tmp_path):
-    torch.save(some_state() | {"checksum": "0" * 64}, tmp_path / "c.pt")
-    with pytest.raises(Failure, match="does not match its checksum"):
-        checkpoint.load(tmp_path / "c.pt")
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 nothing"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
-    (tmp_path / "c.pt").write_bytes(content)
-    with pytest.raises(Failure, match="c.pt is not a checkpoint, or is damaged") as failure:
-        checkpoint.load(tmp_path / "c.pt")
-    assert failure.value.code == NO_CHECKPOINT
-    with pytest.raises(Failure, match="there is no checkpoint"):
-        checkpoint.load(tmp_path / "other.pt")
+            assert index not in (start, start + 1111)
 
 
 class Evil:
@@ -69,44 +60,71 @@ class Evil:
         return (print, ("code ran",))
 
 
-def test_no_code_runs_from_a_checkpoint(tmp_path, capsys):
-    torch.save({"model": Evil()}, tmp_path / "c.pt")
-    with pytest.raises(Failure, match="c.pt is not a checkpoint"):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "c.pt is not a checkpoint, or is damaged"),
+        (b"PK\x03\x04 nothing", "c.pt is not a checkpoint, or is damaged"),
+        ({"model": Evil()}, "c.pt is not a checkpoint.*more than tensors and plain types"),
+        (some_state() | {"checksum": "0" * 64}, "does not match its checksum"),
+        ([1, 2], "does not match its checksum"),
+        (None, "there is no checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_and_runs_no_code(tmp_path, capsys, content, message):
+    path = tmp_path / "c.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(Failure, match=message) as failure:
+        checkpoint.load(path)
+    assert failure.value.code == NO_CHECKPOINT and "code ran" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", some_state() | {"format_version": 99})
+    with pytest.raises(Failure, match="has format_version 99; this version reads 1"):
         checkpoint.load(tmp_path / "c.pt")
-    assert "code ran" not in capsys.readouterr().out
+    checkpoint.save(tmp_path / "c.pt", some_state())
+    with pytest.raises(Failure, match="c.pt does not fit this version") as failure:
+        checkpoint.open_model(str(tmp_path / "c.pt"), "")
+    assert failure.value.code == NO_CHECKPOINT
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    checkpoint.save(tmp_path / "c.pt", {"step": 1})
-    with pytest.raises(RuntimeError), checkpoint.atomic_file(tmp_path / "c.pt") as file:
-        file.write(b"half of it")
-        raise RuntimeError
-    assert checkpoint.load(tmp_path / "c.pt") == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_version_0_1_continues(tmp_path, kind):
+    shutil.copytree(FIXTURES / "dataset", tmp_path / "data" / "stories")
+    (tmp_path / "run").mkdir()
+    shutil.copy(FIXTURES / f"{kind}.pt", tmp_path / "run" / "latest.pt")
+    saved = checkpoint.load(FIXTURES / f"{kind}.pt")
+    values = saved["settings"] | {"out_dir": tmp_path / "run", "data_dir": tmp_path / "data"}
+    values |= {"init_from": "resume", "eval_interval": 5, "max_steps": 5, "learning_rate": 0}
+    values |= {"min_lr": 0}
+    options = [f"--{name}={value}" for name, value in values.items()]
+    result = run_inside(train.main, train.TrainConfig, options)
+    assert result.returncode == 0, result.stderr
+    state = checkpoint.load(tmp_path / "run" / "latest.pt")
+    assert state["step"] == 5 and state["val_loss"] == pytest.approx(saved["val_loss"], abs=1e-5)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows sets no such limits")
-def test_a_full_disk_is_an_input_output_error(tmp_path):
-    import resource
-
-    checkpoint.save(tmp_path / "c.pt", {"step": 1})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, before[1])
-    )  # a file may grow no larger, as if the disk were full
-    try:
-        with pytest.raises(OSError):
-            checkpoint.save(tmp_path / "c.pt", {"step": 2, "weights": torch.zeros(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoint.load(tmp_path / "c.pt") == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
-
-
-def test_a_folder_belongs_to_one_run(tmp_path):
-    with checkpoint.locked(tmp_path / "run" / "lock", "busy"):
-        with pytest.raises(Failure, match="busy") as failure, checkpoint.locked(tmp_path / "run" / "lock", "busy"):
-            pass
-        assert failure.value.code == IN_USE
-    with checkpoint.locked(tmp_path / "run" / "lock", "busy"):
-        pass
+def test_the_names_of_a_model(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    for name, file in (("old", "latest.pt"), ("young", "best.pt")):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        shutil.copy(
+            FIXTURES / f"{'qwen3' if name == 'old' else 'gpt2'}.pt", tmp_path / "out" / name / file
+        )
+    out_dir = str(tmp_path / "out")
+    for name, arch in (
+        ("", "gpt2"),
+        (f"{out_dir}/old", "qwen3"),
+        (str(FIXTURES / "gpt2.pt"), "gpt2"),
+        (str(FIXTURES / "hf"), "qwen3"),
+    ):
+        model, tokenizer = checkpoint.open_model(name, out_dir)
+        assert model.config.arch == arch and tokenizer.vocab_size == model.config.vocab_size == 300
+    assert "step 4, validation loss" in capsys.readouterr().err
+    for name, code, message in (("none", NO_CHECKPOINT, ""), ("", NO_CHECKPOINT, "")):
+        with pytest.raises(Failure, match="there is no checkpoint"):
+            checkpoint.open_model(name, str(tmp_path / "nowhere"))

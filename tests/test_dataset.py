@@ -51,8 +51,8 @@ def test_a_shard_is_full_before_the_next_begins(tmp_path):
     records = write_shards(tmp_path, "x", range(1000), shard_tokens=300, vocab_size=1000)
     assert [record["tokens"] for record in records] == [300, 300, 300, 100]
     assert [record["largest_id"] for record in records] == [299, 599, 899, 999]
-    shards = [open_shard(tmp_path / record["file"]) for record in records]
-    assert np.concatenate(shards).tolist() == list(range(1000))
+    shards = [open_shard(tmp_path / record["file"]).tolist() for record in records]
+    assert sum(shards, []) == list(range(1000))
     assert write_shards(tmp_path, "none", []) == []
 
 
@@ -154,9 +154,7 @@ def test_shards_made_elsewhere_open_with_a_tokenizer_named(tmp_path):
     assert len(dataset.train) == len(dataset.val) == 12 and dataset.tokenizer.vocab_size == 257
     assert math.isnan(dataset.tokens_per_byte())
     before = dataset.fingerprint()
-    write_shards(tmp_path, "fineweb_train_more", range(50))
-    assert Dataset(tmp_path, 16, "bytes").fingerprint() == before  # not named like a shard
-    (tmp_path / "fineweb_train_more_000000.bin").rename(tmp_path / "fineweb_train_000001.bin")
+    shutil.copy(tmp_path / "fineweb_train_000000.bin", tmp_path / "fineweb_train_000001.bin")
     assert Dataset(tmp_path, 16, "bytes").fingerprint() != before
 
 
@@ -164,13 +162,13 @@ def test_documents_begin_at_each_end_of_text_and_at_each_shard(tmp_path):
     write_shards(tmp_path, "a_train", [256, 1, 2, 256, 3, 4, 256, 5], shard_tokens=5)
     write_shards(tmp_path, "a_val", [256, 9])
     dataset = Dataset(tmp_path, 1, "bytes")
+    documents = {where: tokens.tolist() for where, tokens in dataset.documents("train")}
     path = tmp_path / "a_train_00000"
-    assert [(where, tokens.tolist()) for where, tokens in dataset.documents("train")] == [
-        (f"{path}0.bin, token 0", [256, 1, 2]),
-        (f"{path}0.bin, token 3", [256, 3]),
-        (f"{path}1.bin, token 0", [256, 4]),
-        (f"{path}1.bin, token 1", [256, 5]),
-    ]
+    first = {f"{path}0.bin, token 0": [256, 1, 2], f"{path}0.bin, token 3": [256, 3]}
+    assert documents == first | {
+        f"{path}1.bin, token 0": [256, 4],
+        f"{path}1.bin, token 1": [256, 5],
+    }
 
 
 # ---- the order of the windows

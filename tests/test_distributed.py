@@ -3,52 +3,70 @@
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, metrics, tiny_run
+from conftest import KINDS, ROOT, metrics, run, tiny_arguments, tiny_run
 
 import checkpoint
+from config import NOT_FINITE
 
-FAST = ["--compile=on", "--activation_checkpointing=True"]  # compiled ranks that keep fewer activations
+FAST = ["--compile=on", "--activation_checkpointing=True"]
 
 
-def losses(out_dir):
+def losses(out_dir) -> list[tuple]:
     return metrics(out_dir, "loss") + metrics(out_dir, "val_loss")
 
 
-@pytest.mark.parametrize("kind, ranks", [("gpt2", 2), ("qwen3", 2), ("qwen3", 4)])
-def test_several_gloo_ranks_equal_one_process(data_dir, tmp_path, kind, ranks):
-    assert tiny_run(data_dir, tmp_path / "one", *KINDS[kind]).returncode == 0
-    result = tiny_run(data_dir, tmp_path / "two", *KINDS[kind], processes=ranks)
+@pytest.mark.parametrize("kind, ranks", [("gpt2", 2), ("qwen3", 4)])
+def test_several_ranks_equal_one_and_a_run_may_change_their_number(data_dir, tmp_path, kind, ranks):
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert tiny_run(data_dir, one, *KINDS[kind]).returncode == 0
+    result = tiny_run(data_dir, several, *KINDS[kind], processes=ranks)
     assert result.returncode == 0, result.stderr
-    assert f"x {ranks} ranks" in result.stdout and result.stdout.count("validation loss") == 4  # one rank speaks
-    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
-    one, two = (checkpoint.load(tmp_path / name / "latest.pt")["model"] for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert f"x {ranks} ranks" in result.stdout
+    assert result.stdout.count("validation loss") == 4  # only rank 0 prints
+    for out_dir in (one, several):
+        options = ["--init_from=resume", "--max_steps=16"]
+        assert tiny_run(data_dir, out_dir, *KINDS[kind], *options).returncode == 0
+    assert np.allclose(losses(one), losses(several), atol=1e-4)
+    left, right = (checkpoint.load(folder / "latest.pt")["model"] for folder in (one, several))
+    assert left.keys() == right.keys()
+    assert all(torch.allclose(left[name], right[name], atol=1e-4) for name in left)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_may_change_its_number_of_ranks(data_dir, tmp_path, kind):
-    assert tiny_run(data_dir, tmp_path / "one", *KINDS[kind]).returncode == 0
-    half = [*KINDS[kind], "--max_steps=12", "--checkpoint_interval=6"]
-    assert tiny_run(data_dir, tmp_path / "both", *half, processes=2).returncode == 0
-    on = [*KINDS[kind], "--init_from=resume", "--max_steps=16"]
-    assert tiny_run(data_dir, tmp_path / "both", *on).returncode == 0
-    assert tiny_run(data_dir, tmp_path / "one", *on).returncode == 0
-    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "both"), atol=1e-4)
-
-
-def test_a_failure_speaks_once(data_dir, tmp_path):
-    result = tiny_run(data_dir, tmp_path / "run", "--batch_tokens=64", processes=2)
-    assert result.returncode != 0
-    assert result.stderr.count("must be a multiple of 128: block_size 32 x 2 ranks x micro_batch_size 2") == 1
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--batch_tokens=64", "a multiple of 128: block_size 32 x 2 ranks x micro_batch_size 2"),
+        ("--dataset=nothing", "python prepare_data.py nothing"),  # found by rank 0 alone
+    ],
+)
+def test_a_failure_is_printed_once(data_dir, tmp_path, option, message):
+    result = tiny_run(data_dir, tmp_path / "run", option, processes=2)
+    assert result.returncode != 0 and result.stderr.count(message) == 1
+    assert "train.py, rank 1:" not in result.stderr
+    assert "Traceback" not in result.stderr.split("torch/distributed")[0]
     assert not (tmp_path / "run").exists()
 
 
-def test_what_fails_on_the_first_rank_ends_the_others_quietly(data_dir, tmp_path):
-    result = tiny_run(data_dir, tmp_path / "run", "--dataset=nothing", processes=2)
-    assert result.returncode != 0 and result.stderr.count("python prepare_data.py nothing --source=PATH") == 1
-    assert "rank 1:" not in result.stderr
-    assert "Traceback" not in result.stderr.split("torch/distributed")[0] and not (tmp_path / "run").exists()
+BROKEN_ON_RANK_1 = """
+import math, os, sys
+import config, train
+forward = train.GPT.forward
+def broken(model, tokens, targets):
+    return forward(model, tokens, targets) * (math.nan if os.environ["RANK"] == "1" else 1.0)
+train.GPT.forward = broken
+with config.exit_on_failure():
+    train.main(config.load(train.TrainConfig, sys.argv[1:]))
+"""
+
+
+def test_values_that_are_not_finite_on_one_rank_end_all(data_dir, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN_ON_RANK_1)
+    arguments = tiny_arguments(data_dir, tmp_path / "run")
+    result = run(tmp_path / "broken.py", *arguments, processes=2, PYTHONPATH=str(ROOT))
+    # gloo can abort a process that ends while others still run
+    assert f"exitcode  : {NOT_FINITE} " in result.stderr or "SIGABRT" in result.stderr
+    assert result.stderr.count("step 1: loss nan, gradient_norm nan") == 1
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 @pytest.mark.gpu
@@ -56,8 +74,9 @@ def test_what_fails_on_the_first_rank_ends_the_others_quietly(data_dir, tmp_path
 def test_two_gpus_equal_one(data_dir, tmp_path, kind, fast):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    assert tiny_run(data_dir, tmp_path / "one", *KINDS[kind], "--device=cuda").returncode == 0
-    result = tiny_run(data_dir, tmp_path / "two", *KINDS[kind], "--device=cuda", *fast, processes=2)
+    options = [*KINDS[kind], "--device=cuda"]
+    assert tiny_run(data_dir, tmp_path / "one", *options).returncode == 0
+    result = tiny_run(data_dir, tmp_path / "two", *options, *fast, processes=2)
     assert result.returncode == 0, result.stderr
-    close = 1e-4 if kind == "gpt2" else 1e-2  # Muon computes in bfloat16 on a GPU
+    close = 1e-4 if kind == "gpt2" else 1e-2  # on a GPU Muon computes in bfloat16
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=close)

@@ -1,0 +1,46 @@
+"""What a run reports about itself and about its machine."""
+
+import sys
+
+import pytest
+import torch
+
+import hardware
+import log
+
+
+def test_speed_and_time_left(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+    meter = log.Meter(max_steps=11, step_tokens=100, flops_per_token=6, peak_flops=1200)
+    now = 5.0
+    assert meter.measure(1) == ({}, [])  # the first step compiles
+    with meter.paused():
+        now = 8.0  # a validation takes 3 s
+    now = 10.0  # and two steps the other 2 s
+    values, words = meter.measure(3)
+    assert values == {"tokens_per_second": 100.0, "share_of_peak": 0.5}
+    assert words == ["100 tokens/s", "50.0% of peak", "0:00:20 left"]
+
+
+def test_metrics_are_cut_at_a_step_and_drawn(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        log.append_metrics(tmp_path, step=step, loss=1 / step, val_loss=2.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # by a run that was killed
+    log.cut_metrics(tmp_path, 2)
+    records = [{"step": step, "loss": 1 / step, "val_loss": 2.0} for step in (1, 2)]
+    assert log.read_metrics(tmp_path) == records and log.read_metrics(tmp_path / "none") == []
+    pytest.importorskip("matplotlib")
+    assert str(tmp_path / "loss.png") in log.draw_losses(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in log.draw_losses(tmp_path)
+
+
+def test_a_gpu_has_the_peak_of_its_longest_name(monkeypatch):
+    names = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "Other": 0.0}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert hardware.peak_flops(torch.device("cuda"), "bfloat16") == peak
+    assert hardware.peak_flops(torch.device("cpu"), "bfloat16") == 0
