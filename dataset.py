@@ -66,9 +66,7 @@ class Dataset:
         self.val = self.open_split("val")
 
     def open_split(self, split: str) -> "Windows":
-        """The windows of one split. Raises Failure where its shards are not those of the
-        manifest.
-        """
+        """The windows of one split. Raises Failure if its shards are not the manifest's."""
         paths = self.shard_paths(split)
         windows = Windows(paths, self.block_size, self.tokenizer.vocab_size)
         records = self.manifest["splits"][split]["shards"] if self.manifest else []
@@ -110,9 +108,7 @@ class Dataset:
         return split["tokens"] / split["bytes"]
 
     def documents(self, split: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield where each document begins, and its tokens, int64, the end-of-text before it
-        first.
-        """
+        """Yield where each document begins, and its tokens, int64, the first an end-of-text."""
         windows, end_of_text = getattr(self, split), self.tokenizer.end_of_text
         for path, shard in zip(windows.paths, windows.shards):
             starts = np.union1d(0, np.flatnonzero(np.asarray(shard) == end_of_text))

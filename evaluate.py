@@ -217,9 +217,7 @@ def windows_of(tokens: np.ndarray, context: int, stride: int) -> Iterator:
 
 
 def padded(batch: list, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens and the targets of a batch of windows, int64 of this shape; padding is not
-    scored.
-    """
+    """A batch of windows as tokens and targets, int64 of this shape; padding is not scored."""
     tokens, targets = np.zeros(shape, dtype=np.int64), np.full(shape, -1)
     for row, (_, row_tokens, row_targets) in enumerate(batch):
         tokens[row, : len(row_tokens)] = row_tokens

@@ -116,9 +116,7 @@ DECIDING = [field.name for field in fields(PrepareConfig) if field.name not in O
 
 @dataclass
 class Named:
-    """A dataset known by name: its settings, and its files on the Hugging Face Hub if it has
-    any.
-    """
+    """A dataset known by name: its settings, and where its files are on the Hub, if they are."""
 
     tokenizer: str = "gpt2"
     val_fraction: float = 0.1

@@ -201,12 +201,13 @@ def train(run: Run) -> bool:
     with stop_requests() as stop_requested:
         for step in range(first_step, settings.max_steps + 1):  # the last pass validates and saves
             is_last = step == settings.max_steps
-            with meter.paused():
-                if step > first_step and (step % settings.eval_interval == 0 or is_last):
+            if step > first_step and (step % settings.eval_interval == 0 or is_last):
+                with meter.paused():
                     validate_and_keep_best(run)
-                stop = ranks.any(stop_requested.is_set())
-                is_due = step > first_step and step % settings.checkpoint_interval == 0
-                if is_due or stop or is_last:
+            stop = ranks.any(stop_requested.is_set())
+            is_due = step > first_step and step % settings.checkpoint_interval == 0
+            if is_due or stop or is_last:
+                with meter.paused():
                     check_finite(run, gradient_norm=grad_norm.item())
                     save_checkpoint(run, "latest.pt")
             if stop or is_last:
@@ -458,7 +459,7 @@ def start_ranks(device_name: str):
         needed, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if needed > count:
             raise Failure(
-                f"{needed} processes need a GPU each, found {count}: lower --nproc_per_node"
+                f"{needed} processes need a GPU each, not {count}: lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -562,12 +563,8 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
         )
 
 
-def resolve_auto(
-    settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | None
-) -> TrainConfig:
-    """Replace `auto` and 0 by what the checkpoint says they were, or by what this machine can
-    do.
-    """
+def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | None):
+    """The settings, with `auto` and 0 as the checkpoint has them or as this machine can do."""
     device = ranks.device.type
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size

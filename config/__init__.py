@@ -133,9 +133,7 @@ def parse_argument(settings_class, argument: str, positional: str) -> dict:
 
 
 def read_recipe(path: Path, settings_class) -> dict:
-    """The settings of a recipe file. Raises Failure at file:line for all that is not `name =
-    value`.
-    """
+    """The settings of a recipe file. Raises Failure at file:line for anything else."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -211,11 +209,9 @@ def help_text(settings_class, positional: str) -> str:
 
 
 class Progress:
-    """One line on standard error: how far a long task is, and the time left. Silent for two
-    seconds.
+    """How far a long task is, and the time left, on standard error after two seconds.
 
-    Use it as `with Progress("bytes read", total) as progress: progress.update(done)`; total 0 =
-    unknown.
+    with Progress("bytes read", total) as progress: progress.update(done); total 0 = unknown.
     """
 
     def __init__(self, unit: str, total: int):
@@ -229,9 +225,7 @@ class Progress:
         return self
 
     def update(self, done: int):
-        """Show that `done` of the total are done, at most five times per second; to a file, every
-        10 s.
-        """
+        """Show that `done` are done, at most five times per second; to a file, every 10 s."""
         now = time.monotonic()
         if now < self.next_time:
             return

@@ -93,12 +93,11 @@ def test_windows_overlap_by_one_token_and_do_not_cross_shards(tmp_path):
 
 def test_the_shards_are_those_of_the_manifest(tiny):
     dataset = Dataset(tiny, 16)
-    splits = dataset.manifest["splits"]
+    train, val = (dataset.manifest["splits"][split] for split in ("train", "val"))
     write_shards(tiny, "x_train", range(100))  # belongs to something else
     again = Dataset(tiny, 16)
-    for split in ("train", "val"):
-        assert getattr(again, split).count_tokens() == splits[split]["tokens"]
-    assert dataset.tokens_per_byte() == splits["val"]["tokens"] / splits["val"]["bytes"]
+    assert again.train.count_tokens() == train["tokens"]
+    assert again.tokens_per_byte() == again.val.count_tokens() / val["bytes"]
     assert dataset.tokenizer.name == "bytes" and dataset.fingerprint() == again.fingerprint()
     with pytest.raises(Failure, match="less than one window of 100001 train tokens"):
         Dataset(tiny, 100_000)
@@ -201,9 +200,7 @@ def test_an_epoch_may_end_inside_a_batch():
     assert (window_order(4, 0, 25, 10) != indices).any()
 
 
-class Numbers:
-    """Stands in for Windows: window n is n, repeated."""
-
+class Numbers:  # stands in for Windows: window n is n, repeated
     def __len__(self):
         return 48
 
