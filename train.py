@@ -1,9 +1,9 @@
 """Train a GPT: one process on a laptop, or one per GPU under torchrun.
 
-    python train.py config/small.py                                 from text to a sample, in
-    minutes python train.py config/gpt2_124m.py --dataset=mine --max_steps=1000 torchrun
-    --standalone --nproc_per_node=8 train.py config/gpt2_124m.py python train.py config/small.py
-    --init_from=resume              continue a stopped run
+    python train.py config/small.py                            from text to a sample, in minutes
+    python train.py config/gpt2_124m.py --dataset=mine --max_steps=1000
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
+    python train.py config/small.py --init_from=resume         continue a stopped run
 
 The invariant: the batch of a step is a pure function of (seed, step), and dropout of (seed, step,
 rank). With the weights, the optimizers' state and the step, latest.pt has all that a run needs to
