@@ -5,6 +5,7 @@ code. A run's folder has `latest.pt`, with the optimizers' state, and `best.pt`,
 """
 
 import hashlib
+import os
 import pickle
 import sys
 from dataclasses import asdict
@@ -114,9 +115,9 @@ def open_model(name: str, out_dir: str) -> tuple[GPT, Tokenizer]:
     name: a .pt file, a run's folder, "" for the newest run in out_dir, a folder in Hugging Face's
     layout, or a model on the Hub. What was opened is printed to standard error.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     is_on_hub = name in files.HUB_NAMES or (files.hub_repo(name) and not path.parent.is_dir())
-    if (path / "config.json").exists() or (is_on_hub and not path.exists()):
+    if name and ((path / "config.json").exists() or (is_on_hub and not path.exists())):
         return open_hf(name)
     path = newest_checkpoint(path if name else None, Path(out_dir))
     state = load(path)
@@ -128,7 +129,7 @@ def open_model(name: str, out_dir: str) -> tuple[GPT, Tokenizer]:
 
 def is_hf_name(name: str) -> bool:
     """Whether `name` can be a model in Hugging Face's layout: a folder, or one on the Hub."""
-    return bool(files.hub_repo(name)) or (name != "" and Path(name).expanduser().is_dir())
+    return bool(files.hub_repo(name)) or (name != "" and Path(os.path.expanduser(name)).is_dir())
 
 
 def hf_folder(name: str) -> Path:
@@ -153,7 +154,7 @@ def newest_checkpoint(path: Path | None, out_dir: Path) -> Path:
     if path and (path.is_file() or path.suffix == ".pt"):
         return path
     checkpoints = []
-    for folder in [path] if path else out_dir.expanduser().glob("*/"):
+    for folder in [path] if path else Path(os.path.expanduser(out_dir)).glob("*/"):
         both = [folder / "latest.pt", folder / "best.pt"]  # a young run has best.pt only
         checkpoints += [file for file in both if file.exists()][:1]
     if not checkpoints:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import mix64
+from hashing import mix64
 
 
 class Cleaned(NamedTuple):
@@ -43,7 +43,7 @@ def clean_text(text: str, level: str, rules_off: frozenset[str] = frozenset()) -
     return Cleaned(text, "", page.hashes, lines)
 
 
-# ---- basic: one form of Unicode and of line ends, no control characters
+# basic: one form of Unicode and of line ends, no control characters
 
 LINE_ENDS = bytes.maketrans(b"\r\x0b\x0c", b"\n\n\n")  # of old systems, and between pages
 CONTROL_CHARACTERS = bytes({*range(32), 127} - {*b"\t\n\r\x0b\x0c"})
@@ -61,7 +61,7 @@ def normalize(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-# ---- words and n-grams as hashes
+# words and n-grams as hashes
 
 SPACE = ord(" ")
 WORD_BYTES = bytes(b if b >= 128 or chr(b).isalnum() else SPACE for b in range(256))
@@ -155,7 +155,7 @@ class HashSet:
         return indices[self.hashes[nearest] == hashes[indices]]
 
 
-# ---- web: rules that drop lines. Each returns the text that is left
+# web: rules that drop lines. Each returns the text that is left
 
 BOILERPLATE = ["javascript", "terms of use", "privacy policy", "cookie policy"]  # in lower case
 BOILERPLATE += ["uses cookies", "use of cookies", "use cookies"]
@@ -201,7 +201,7 @@ def has_boilerplate(text: str) -> bool:
     return any(phrase in text for phrase in BOILERPLATE)
 
 
-# ---- web: rules that drop documents. Each returns whether the page is bad
+# web: rules that drop documents. Each returns whether the page is bad
 
 PARAGRAPH_END = re.compile(r"\n\s*\n")
 NON_LETTERS = bytes(b for b in range(128) if not chr(b).isalpha() and b != SPACE)

@@ -1,11 +1,11 @@
-"""The dataset: shards of tokens on disk, the windows cut from them, and the order of the windows.
+"""The dataset: shards (files of tokens), the windows cut from them, and the order of the windows.
 
 A dataset is a folder of shards with a `manifest.json` that describes them and `tokenizer.tiktoken`.
 prepare_data.py writes it with ShardWriter; train.py and evaluate.py open it as a Dataset.
 
-The invariant: which windows a step sees is a pure function of (seed, step), see `window_order`. So
-a run resumes exactly, on any number of ranks, and the order of the data needs no state and no
-memory.
+The invariant: the window at each position of a run is a pure function of (seed, position), see
+`window_order`. train.py gives each step its positions. So a run resumes exactly, on any number of
+ranks, and the order of the data needs no state and no memory.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from config import Failure
-from files import mix64, read_json, sha256_of
+from files import read_json, sha256_of
+from hashing import hash_numbers, mix64
 from tokenizer import Tokenizer
 from tokenizer_files import load_tokenizer
 
@@ -30,8 +31,8 @@ MANIFEST = {  # what each manifest has at least, and of which type
     "made_from": dict,  # settings of prepare_data.py
     "tokenizer": {"name": str, "sha256": str},
     "splits": {"train": SPLIT, "val": SPLIT},
-    "documents": dict,  # in, kept, and dropped by reason
-    "bytes": dict,
+    "documents": {"in": int, "kept": int, "dropped": dict},  # dropped: by reason
+    "bytes": {"in": int, "kept": int, "dropped": dict},
 }
 
 # The shard format of llm.c, modded-nanogpt and the public FineWeb shards: 256 little-endian int32
@@ -46,8 +47,8 @@ FORMATS = {  # type of a token: magic and version
 class Dataset:
     """A dataset's folder, opened: `train` and `val` are Windows, `tokenizer` is its Tokenizer.
 
-    tokenizer, pattern: of a folder without a manifest (shards made elsewhere), as tokenizer.load
-    takes them. Raises Failure.
+    tokenizer, pattern: as load_tokenizer takes them, for shards made elsewhere: a folder without a
+    manifest. A manifest names its own. Raises Failure.
     """
 
     def __init__(self, folder: Path, block_size: int, tokenizer: str = "", pattern: str = ""):
@@ -120,10 +121,9 @@ class Dataset:
 
 
 class Windows:
-    """The windows of one split: block_size + 1 tokens each, from the last token of the one before.
-
-    The extra token is the last target, so every token but a shard's first is a target once. No
-    window crosses from one shard into the next.
+    """The windows of one split. Each has block_size + 1 tokens and starts at the last of the one
+    before: that token was the last target and now is the first input. No window crosses from one
+    shard into the next; the rest of a shard that is too short for a window is not used.
     """
 
     def __init__(self, paths: list[Path], block_size: int, vocab_size: int):
@@ -177,11 +177,11 @@ def window_order(seed: int, first: int, count: int, windows: int) -> np.ndarray:
 def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     """What a shuffle of 0..count-1 has at `positions`, without ever holding the shuffle.
 
-    A Feistel network (Luby & Rackoff 1988) on numbers of an even count of bits. Each round maps the
-    halves (left, right) to (right, left ^ f(right)), which can be undone: left is got back by
-    another ^ f(right). So no two inputs meet, and all rounds together are a permutation, whatever f
-    is. Four rounds look random; six are used. A result of count or more is sent through again until
-    it is below (cycle walking, Black & Rogaway 2002): that still is a permutation, of 0..count-1.
+    A Feistel network (Luby & Rackoff 1988) on numbers of an even count of bits. Each round maps
+    the halves (left, right) to (right, left ^ f(right)). Another ^ f(right) recovers left, so no
+    two inputs collide, and all rounds together are a permutation, whatever f is. Four rounds look
+    random; six are used. A result of count or more is sent through again until it is below (cycle
+    walking, Black & Rogaway 2002): that still is a permutation, of 0..count-1.
     """
     half = np.uint64(max(1, math.ceil((count - 1).bit_length() / 2)))  # bits of a half
     mask = np.uint64((1 << int(half)) - 1)
@@ -197,14 +197,6 @@ def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     while (is_outside := result >= count).any():
         result[is_outside] = permute(result[is_outside])
     return result.astype(np.int64)
-
-
-def hash_numbers(*numbers: int) -> int:
-    """One 64-bit integer that depends on all of `numbers` and their order."""
-    result = np.zeros(1, dtype=np.uint64)
-    for number in numbers:
-        result = mix64(result ^ mix64(np.array([number], dtype=np.uint64)))
-    return int(result[0])
 
 
 # Shards and the manifest
@@ -236,6 +228,7 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.file = None  # the shard that is being written
+        self.count = self.largest_id = 0  # of its tokens
         self.records = []  # of finished shards, for the manifest
 
     def __enter__(self):
@@ -271,7 +264,7 @@ class ShardWriter:
         self.count = self.largest_id = 0
 
     def finish_shard(self):
-        """Write the header, which makes the file a shard, and see it on the disk."""
+        """Write the header, which makes the file a shard, and flush it to disk."""
         header = np.array([*FORMATS[self.dtype], self.count], dtype="<i4")
         self.file.seek(0)
         self.file.write(header.tobytes())

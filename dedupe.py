@@ -1,6 +1,7 @@
 """Exact and near duplicates, and text that is shared with benchmarks or between splits.
 
-Near duplicates: MinHash (Broder 1997) with bands (Lee et al. 2022, appendix A).
+Near duplicates: MinHash (Broder 1997) with bands (Lee et al. 2022, appendix A). In memory are the
+signatures (256 bytes per document), the similar pairs, and 100,000 candidate pairs at once.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import numpy as np
 
 from clean import HashSet, hash_ngrams, hash_words
 from config import Progress
-from files import mix64
+from hashing import mix64
 
 SIGNATURE_BYTES = 256  # one per bin; a bin is chosen by the upper 8 bits of a hash
 BANDS = 32  # of 8 bytes each; documents that agree in one whole band are compared
@@ -58,7 +59,7 @@ def minhash_signature(words: np.ndarray) -> np.ndarray:
     donors = filled[PRIORITIES[is_empty][:, filled].argmax(axis=1)]
     minima[is_empty] = minima[donors]
     bins = np.arange(SIGNATURE_BYTES, dtype=np.uint64)
-    return mix64(minima + bins).astype(np.uint8)  # copies of one hash differ by their bins
+    return mix64(minima + bins).astype(np.uint8)  # the lowest byte; copies differ by their bins
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -118,7 +119,7 @@ def candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield order[position[part]], order[earlier[part]]
 
 
-# ---- shared text: decontamination, and the overlap of training and validation text
+# shared text: decontamination, and the overlap of training and validation text
 
 
 def text_ngrams(text: str) -> np.ndarray:

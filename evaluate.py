@@ -10,6 +10,7 @@ The invariant: each token of a document but the end-of-text before it is scored 
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -131,7 +132,7 @@ def result_text(result: dict) -> str:
 def read_documents(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
     """Yield where each document is, its tokens after an end-of-text, and its bytes."""
     name, split = re.fullmatch(r"(.+?)(?::(\w*))?", text).groups()  # not at the colon of C:\data
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if (folder / "manifest.json").exists():
         yield from dataset_documents(folder, split or "val", tokenizer)
         return
@@ -226,5 +227,6 @@ def padded(batch: list, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]
 
 
 if __name__ == "__main__":
-    with config.exit_on_failure(), config.safe_standard_streams():
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the console's encoding
+    with config.exit_on_failure():
         main(config.load(EvaluateConfig, sys.argv[1:]))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import requests
 
 from config import IN_USE, INPUT_OUTPUT, Failure
@@ -23,23 +22,13 @@ HUB_NAMES = {"distilgpt2": "distilbert/distilgpt2"}
 HUB_NAMES |= {name: f"openai-community/{name}" for name in GPT2_SIZES}
 
 
-def mix64(x: np.ndarray) -> np.ndarray:
-    """Scramble uint64 numbers, keeping the shape: SplitMix64, Steele et al. 2014."""
-    x = np.asarray(x, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic is modulo 2^64; numpy warns of it for a scalar
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in a JSON file. Raises OSError, or Failure if it holds anything else."""
+    """The object in a JSON file. Raises OSError, or Failure if it holds anything else."""
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise Failure(f"{path} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} of a JSON file")
     try:
@@ -124,13 +113,13 @@ def download(url: str, file, sha256: str, max_bytes: int):
 
 
 def hub_repo(name: str) -> str:
-    """Return the OWNER/NAME that `name` means on the Hugging Face Hub; "" if it means none."""
+    """The OWNER/NAME that `name` means on the Hugging Face Hub; "" if it means none."""
     is_repo = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
     return HUB_NAMES.get(name) or (name if is_repo else "")
 
 
 def hub_snapshot(repo, patterns, is_complete=None, repo_type="model", revision=None, folder=None):
-    """Return the folder with the files of a Hub repository that match `patterns`. Raises Failure.
+    """The folder with the files of a Hub repository that match `patterns`. Raises Failure.
 
     is_complete: called with a folder. If it accepts `folder`, or the library's cache, no request
     is made; else the files are downloaded and their checksums verified. None always asks the Hub.
@@ -157,7 +146,7 @@ def hub_snapshot(repo, patterns, is_complete=None, repo_type="model", revision=N
 
 
 def cached_snapshot(hub, source: dict) -> Path | None:
-    """Return the snapshot in the library's cache, complete or not, without a request."""
+    """The snapshot in the library's cache, complete or not, without a request."""
     try:  # without patterns, or the library would judge what is complete
         return Path(hub.snapshot_download(**source, local_files_only=True, allow_patterns=[]))
     except (OSError, ValueError):
@@ -174,8 +163,8 @@ def delete_damaged(snapshot: Path, names: list[str], repo: str):
 
 
 def model_folder(name: str, patterns: list[str], is_complete: Callable[[Path], bool]) -> Path:
-    """Return the local folder `name`, else the snapshot of a model on the Hub. Raises Failure."""
-    folder = Path(name).expanduser()
+    """The local folder `name`, else the snapshot of a model on the Hub. Raises Failure."""
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if is_complete(folder):
             return folder

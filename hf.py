@@ -74,7 +74,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the file of weights in a folder, or the files that its index names."""
+    """The file of weights in a folder, or the files that its index names."""
     path = folder / "model.safetensors"
     if path.exists() or not (folder / INDEX).exists():
         return [path]
@@ -88,7 +88,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @torch.no_grad()
 def load(folder: Path, dropout: float = 0.0) -> GPT:
-    """Return the model in a Hugging Face folder, in fp32. Raises Failure.
+    """The model in a Hugging Face folder, in fp32. Raises Failure.
 
     Tensors are read one at a time, so that memory holds the model and one tensor.
     """
@@ -140,7 +140,7 @@ def save(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.
 
 
 def read_config(folder: Path, dropout: float) -> GPTConfig:
-    """Return the shape in a folder's config.json. Raises Failure for another architecture."""
+    """The shape in a folder's config.json. Raises Failure for another architecture."""
     path = folder / "config.json"
     if not path.is_file():
         raise Failure(f"{folder} has no config.json")
@@ -177,7 +177,7 @@ def read_rope_theta(content: dict, path: Path) -> float:
 
 
 def hf_layout(model: GPT) -> dict[str, torch.Tensor]:
-    """Return the weights by their names in a file, as views in the shapes they have there."""
+    """The weights by their names in a file, as views in the shapes they have there."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name in ("wte.weight", "lm_head.weight"):
         if name in weights:  # a tied head has no name of its own
@@ -197,7 +197,7 @@ def qwen3_name(name: str) -> str:
 
 
 def zero_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the biases of a file of GPT-2, which always has them."""
+    """The biases of a file of GPT-2, which always has them."""
     return {
         name.replace(".weight", ".bias"): torch.zeros(weight.size(-1))
         for name, weight in weights.items()
@@ -223,7 +223,7 @@ def fill(missing: dict[str, torch.Tensor], name: str, file, path: Path):
 
 
 def require_safetensors():
-    """Return the package, or raise Failure."""
+    """The package, or raise Failure."""
     try:
         import safetensors.torch
     except ImportError:

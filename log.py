@@ -28,7 +28,7 @@ class Meter:
         """The time inside does not count for the speed."""
         started = time.monotonic()
         yield
-        if self.last_time:
+        if self.last_time is not None:
             self.last_time += time.monotonic() - started
 
     def measure(self, step: int) -> tuple[dict, list[str]]:
@@ -61,7 +61,7 @@ def read_metrics(folder: Path) -> list[dict]:
     records = []
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records.extend(map(json.loads, lines))
+        records.extend(map(json.loads, lines))  # keeps those before a broken one
     return records
 
 
@@ -102,7 +102,8 @@ def draw_losses(folder: Path) -> str:
     records = read_metrics(folder)
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
         points = [(record["step"], record[key]) for record in records if key in record]
-        axes.plot(*zip(*points), style, label=label, linewidth=1)
+        if points:
+            axes.plot(*zip(*points), style, label=label, linewidth=1)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=120)

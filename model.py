@@ -1,7 +1,7 @@
 """GPT-2 and Qwen3, from tokens to loss or logits.
 
 Read from the top: the configuration, the attention and MLP of GPT-2, then those of Qwen3, the
-block, and the model. Names are GPT-2's own where it has the part. Radford et al. 2019, "Language
+block, and the model. Names are GPT-2's where GPT-2 has such a part. Radford et al. 2019, "Language
 Models are Unsupervised Multitask Learners"; Yang et al. 2025, "Qwen3 Technical Report" (the dense
 model).
 
@@ -101,14 +101,14 @@ def round_up(size: float, multiple: int) -> int:
 
 
 class Linear(nn.Linear):
-    """torch's, with empty weights: GPT.init_weights or a checkpoint fills them."""
+    """torch's, left uninitialised: GPT.init_weights or a checkpoint fills the weights."""
 
     def reset_parameters(self):
         pass
 
 
 class Embedding(nn.Embedding):
-    """torch's, with empty weights."""
+    """torch's, left uninitialised."""
 
     def reset_parameters(self):
         pass
@@ -177,7 +177,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_cache(config: GPTConfig):
-    """Cosine and sine of each position's angle for each pair of a head, both (block_size, 1, D).
+    """Rotary position embedding: cosine and sine of each position's angles, (block_size, 1, D).
 
     At position p pair i turns by the angle p * rope_theta ** (-2 i / D). The tables hold each angle
     twice, for both members of a pair, and the sine is negative for the first.
@@ -270,7 +270,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embeddings, n_layer blocks, a last norm and the head. Its weights are empty at first.
+    """Embeddings, n_layer blocks, a last norm and the head. Weights are uninitialised at first.
 
     model(tokens, targets)            (B, T)     training: each target's loss
     model.logits(tokens)              (B, T, V)  every position's scores for the next token
@@ -280,14 +280,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = (
-            False  # True: keep block inputs only, compute the rest again
-        )
+        self.activation_checkpointing = False  # True: recompute all but the blocks' inputs
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)  # of tokens
         self.wpe = Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if config.arch == "qwen3":  # kept: a compiler would compute all angles anew in each layer
+        if config.arch == "qwen3":  # stored: a compiler would recompute them in each layer
             cos, sin = rope_cache(config)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
@@ -297,9 +295,9 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight  # Press & Wolf 2017
 
     def forward(self, tokens, targets):
-        """The cross-entropy of each target in nats, (B, T) in fp32; 0 where a target is -1.
+        """The cross-entropy of each target in nats (natural logarithm), (B, T) in fp32.
 
-        tokens, targets: integers (B, T), targets[:, t] the token that follows tokens[:, t].
+        tokens, targets: integers (B, T); targets[:, t] follows tokens[:, t], -1 is not scored (0).
         No logits are returned, so a compiler need not keep them.
         """
         x = self.hidden(tokens).flatten(0, 1)  # (B * T, C)
@@ -337,9 +335,10 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens exceed the block_size of {self.config.block_size}")
         positions = cache.advance(T) if cache else torch.arange(T, device=tokens.device)
         x = self.wte(tokens)  # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe(positions)
-        rope = None if self.wpe is not None else (self.cos[positions], self.sin[positions])
+        if self.wpe is None:
+            rope = self.cos[positions], self.sin[positions]  # (T, 1, D) or (B, T, 1, D) each
+        else:
+            x, rope = x + self.wpe(positions), None
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -350,7 +349,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """Draw the initial weights, on the CPU: each depends on (seed, its name) alone.
+        """Draw the initial weights on the CPU, each parameter's from (seed, its name).
+
+        So they do not depend on other parameters, the device or the rank.
 
         GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
         projections into the residual stream. Qwen3's projections, and a head of its own, start at
@@ -370,8 +371,8 @@ class GPT(nn.Module):
                 raise ValueError(f"{name} has no initialiser")
 
     def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """The blocks' two-dimensional weights, and how many matrices each stacks: c_attn three."""
-        weights = [(name, weight) for name, weight in self.h.named_parameters()]
+        """The blocks' 2-D weights, for Muon, with how many matrices each stacks: c_attn q, k, v."""
+        weights = self.h.named_parameters()
         return [(w, 3 if "c_attn" in name else 1) for name, w in weights if w.dim() == 2]
 
     def flops_per_token(self, T: int) -> int:

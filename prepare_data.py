@@ -55,14 +55,14 @@ class PrepareConfig:
     text_field: str = "text"  # field or column with the document in jsonl, csv and parquet
     separator: str = ""  # line that separates documents in a text file; "" = one document per file
     on_error: str = "stop"  # at a file, line or bytes that cannot be read: stop, or skip and count
-    tokenizer: str = ""  # gpt2, bytes, bpe:N (trained here), a .tiktoken file, a Hugging Face model
+    tokenizer: str = ""  # gpt2 (default), bytes, bpe:N (trained here), .tiktoken file, HF model
     split_pattern: str = ""  # how bpe:N or a .tiktoken file splits text: gpt2, gpt4 or qwen
     val_fraction: float = 0.0  # share of documents for validation; 0 = 0.1, or the dataset's own
     clean: str = "basic"  # none, basic (NFC, line ends, no control characters), web (and rules)
     web_off: str = "unfinished_lines"  # rules of clean=web to leave out, separated by commas
     dedupe: str = "exact"  # none, exact (up to case and white space), near (similar documents, too)
-    near_threshold: float = 0.8  # near: Jaccard similarity of 5-grams of words from which one goes
-    decontaminate: str = ""  # files like --source; documents sharing 13 consecutive words go
+    near_threshold: float = 0.8  # near: Jaccard similarity of 5-grams that drops a document
+    decontaminate: str = ""  # files like --source; documents that share 13 words with them go
     processes: int = 0  # worker processes; 0 = one per core
     shard_tokens: int = 100_000_000  # most tokens of a shard
     data_dir: str = "data"  # folder of the datasets
@@ -101,7 +101,7 @@ class PrepareConfig:
             if name not in rules:
                 raise ValueError(f"web_off: {name} is not one of {', '.join(rules)}")
         if self.tokenizer:
-            bpe_size(self.tokenizer)
+            bpe_size(self.tokenizer)  # raises for a name without meaning
 
     @property
     def takes_shards(self) -> bool:
@@ -110,8 +110,8 @@ class PrepareConfig:
 
 
 # Settings that decide what a dataset holds
-OTHERS = ("name", "merge", "processes", "data_dir")
-DECIDING = [field.name for field in fields(PrepareConfig) if field.name not in OTHERS]
+NOT_DECIDING = ("name", "merge", "processes", "data_dir")
+DECIDING = [field.name for field in fields(PrepareConfig) if field.name not in NOT_DECIDING]
 
 
 @dataclass
@@ -151,7 +151,9 @@ NAMED = {
         is_tokenised=True,
     ),
 }
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
 
@@ -232,8 +234,9 @@ def deciding_settings(settings: PrepareConfig) -> dict:
 def build(settings: PrepareConfig, work: Path) -> dict:
     """Turn the text that the settings name into a dataset in work/dataset; return its manifest."""
     contamination = collect_contamination(settings, work)
+    # first what the user named: an error in it comes before the download of a dataset
     reader = make_reader(settings, settings.source) if settings.source else None
-    tokenizer = None  # what is missing is noticed before anything is downloaded
+    tokenizer = None
     if not bpe_size(settings.tokenizer):
         downloads = Path(settings.data_dir) / "downloads"
         tokenizer = load_tokenizer(settings.tokenizer, settings.split_pattern, downloads)
@@ -285,9 +288,9 @@ def open_named(settings: PrepareConfig) -> Reader:
         return make_reader(settings, stdlib_files())
     if settings.name == "shakespeare":
         path = Path(settings.data_dir) / "downloads" / "tinyshakespeare.txt"
-        files.fetch(f"{SHAKESPEARE_URL}/input.txt", path, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
+        files.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
         return make_reader(settings, [path])
-    return make_reader(settings, download(settings))
+    return make_reader(settings, download_named(settings))
 
 
 def stdlib_files() -> list[Path]:
@@ -302,7 +305,7 @@ def stdlib_files() -> list[Path]:
     return modules
 
 
-def download(settings: PrepareConfig) -> list[Path]:
+def download_named(settings: PrepareConfig) -> list[Path]:
     """The files of a named dataset on the Hugging Face Hub, kept in data/downloads."""
     named, folder = NAMED[settings.name], Path(settings.data_dir) / "downloads" / settings.name
     source = dict(repo_type="dataset", revision=named.revision, folder=folder)
@@ -409,6 +412,9 @@ def drop_repeated(reason: str, corpus: Corpus, order: np.ndarray, originals: np.
     return order[~is_repeated]
 
 
+MIN_SHARE, MAX_SHARE = 1 / 8, 4  # of val_fraction; beyond, documents are cut
+
+
 def split_documents(corpus: Corpus, kept: np.ndarray, val_fraction: float) -> tuple[dict, bool]:
     """The spans of the training and of the validation documents, and whether they are cut.
 
@@ -418,11 +424,12 @@ def split_documents(corpus: Corpus, kept: np.ndarray, val_fraction: float) -> tu
     spans, is_val = corpus.spans()[kept], corpus.documents["is_val"][kept]
     splits = {"train": spans[~is_val], "val": spans[is_val]}
     share = count_bytes(splits["val"]) / count_bytes(spans)
-    is_cut = bool(not 1 / 8 < share / val_fraction < 4 or share == 1)
+    is_cut = bool(not MIN_SHARE < share / val_fraction < MAX_SHARE or share == 1)
     if is_cut:
-        count, end = f"{len(spans)} documents are too few to hold some out", f"{val_fraction:.1%}"
+        count, end = f"documents: {len(spans)}, too few to hold some out", f"{val_fraction:.1%}"
         print(f"{count}: the last {end} of each is for validation. More text changes that")
-        splits["train"], splits["val"] = corpus.cut(spans, val_fraction)
+        halves = corpus.cut(spans, val_fraction)
+        splits = {name: half[np.diff(half)[:, 0] > 0] for name, half in zip(SPLITS, halves)}
     if not all(map(count_bytes, splits.values())):
         raise Failure("there is too little text for a training and a validation split")
     return splits, is_cut
@@ -436,7 +443,10 @@ COMPRESSED_BYTES = 16_000_000  # of validation text; lzma takes too long for mor
 
 
 def new_tokenizer(settings: PrepareConfig, on_texts: Callable, spans: np.ndarray) -> Tokenizer:
-    """A tokenizer of the size that the settings name, trained on the training documents."""
+    """A tokenizer of the size that the settings name, trained on the training documents.
+
+    on_texts(function, spans, unit) yields function(texts) for parts of the texts: Corpus.map.
+    """
     vocab_size, pattern = bpe_size(settings.tokenizer), settings.split_pattern or "gpt2"
     spans, counts = first_bytes(spans, BPE_BYTES), Counter()
     for part in on_texts(partial(count_pieces, pattern=pattern), spans, "bytes split"):
@@ -500,13 +510,16 @@ def compress(corpus: Corpus, spans: np.ndarray) -> dict[str, float]:
 
 def link_shards(settings: PrepareConfig, folder: Path):
     """A dataset of the Hub's shards, as they are: train on it with --tokenizer=gpt2."""
-    for path in download(settings):
+    for path in download_named(settings):
         link_or_copy(path, folder / path.name)
 
 
 def merge(settings: PrepareConfig, work: Path) -> dict:
     """Join the shards of several datasets, as links where the disk can; return the manifest."""
-    folder, paths = work / "dataset", [Path(p).expanduser() for p in settings.merge.split(",") if p]
+    folder, paths = (
+        work / "dataset",
+        [Path(os.path.expanduser(p)) for p in settings.merge.split(",") if p],
+    )
     if not paths or len({path.resolve() for path in paths}) < len(paths):
         raise Failure(f"--merge={settings.merge}: name at least one folder, and none twice")
     manifests = [read_manifest(path) for path in paths]
@@ -523,6 +536,8 @@ def merge(settings: PrepareConfig, work: Path) -> dict:
             link_or_copy(path / record["file"], folder / shards[-1]["file"])
         entries[split] = sum_counts(parts, "documents", "bytes", "tokens") | {"shards": shards}
     manifest = make_manifest(settings, tokenizers[0], entries)
+    is_cut = any(other.get("documents_cut_in_two") for other in manifests)
+    manifest["documents_cut_in_two"] = is_cut
     for unit in ("documents", "bytes"):
         counts = [other[unit] for other in manifests]
         dropped = sum((Counter(count["dropped"]) for count in counts), Counter())
@@ -578,13 +593,14 @@ def report_page(manifest: dict, examples: dict) -> str:
     lines = [f"# {manifest['name']}", "", "| | documents | bytes |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {count:,} | {size:,} |" for name, count, size in rows]
     lines += ["", "Bytes read, and dropped by a rule, are counted before cleaning."]
+    lines.append("Skipped files count as documents.")
     if manifest.get("documents_cut_in_two"):
         lines.append("The documents are too few to hold some out: the end of each is validation.")
     for rule, count in manifest.get("lines_dropped", {}).items():
-        lines.append(f"Of documents that were kept, {rule} dropped {count:,} lines.")
+        lines.append(f"Of documents that cleaning kept, {rule} dropped {count:,} lines.")
     if "validation_overlap" in manifest:
         share = f"{manifest['validation_overlap']:.2%} of the {dedupe.CONTAMINATION_WORDS}-grams"
-        lines.append(f"Of validation text, {share} of words are in the training text, too.")
+        lines.append(f"Of the first MB of validation text, {share} are in the training text, too.")
     for reason, shown in examples.items():
         lines += ["", f"## dropped: {reason}", ""]
         for where, text in shown:

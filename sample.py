@@ -7,7 +7,9 @@
     python sample.py --export_hf=hf                      a folder in Hugging Face's layout
 
 The invariant: a row of a batch gets the same tokens as it would alone. Its random numbers follow
-from (seed, number of the sample), and padding never takes part in its attention.
+import os
+from (seed, number of the sample), and padding never takes part in its attention. (Up to rounding:
+in bfloat16 another batch size can change the last bit of a probability.)
 """
 
 import codecs
@@ -30,7 +32,7 @@ import config
 import hardware
 import hf
 from config import Failure, Progress
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, round_up
 from tokenizer import Tokenizer
 from tokenizer_files import save_hf_tokenizer
 
@@ -75,8 +77,8 @@ class SampleConfig:
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}, must be above 0")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
-        if self.interactive and self.export_hf:
-            raise ValueError("interactive and export_hf are two things to do: name one of them")
+        if self.export_hf and (self.interactive or self.prompt or self.prompts):
+            raise ValueError("export_hf takes no prompt: leave out interactive, prompt, prompts")
         if self.interactive and (self.prompts or self.prompt or self.json or self.num_samples > 1):
             names = "prompt, prompts, json, num_samples"
             raise ValueError(f"interactive asks for one prompt after another: leave out {names}")
@@ -87,7 +89,7 @@ class SampleConfig:
 def main(settings: SampleConfig):
     """Do what the settings ask for. All but the samples goes to standard error. Raises Failure."""
     device, prompts = hardware.find_device(settings.device), read_prompts(settings)
-    folder = Path(settings.export_hf).expanduser()
+    folder = Path(os.path.expanduser(settings.export_hf))
     if settings.export_hf and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Failure(f"export_hf: {folder} exists; name another folder, or empty it")
     model, tokenizer = checkpoint.open_model(settings.checkpoint, settings.out_dir)
@@ -126,7 +128,7 @@ def read_prompts(settings: SampleConfig) -> list[dict]:
     """The prompts, each {"prompt": text} and whatever else its line of JSON has. Raises Failure."""
     if not settings.prompts:
         return [{"prompt": settings.prompt}]
-    path, prompts = Path(settings.prompts).expanduser(), []
+    path, prompts = Path(os.path.expanduser(settings.prompts)), []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except ValueError as error:
@@ -153,11 +155,12 @@ def parse_prompt(line: str, where: str) -> dict:
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, prompts: list[dict], settings: SampleConfig):
-    """Print the continuations in order: the first as it is generated, the others when it ends."""
+    """Print the continuations in order: one as it is generated, while the later ones wait."""
     rows = [(prompt, sample) for prompt in prompts for sample in range(settings.num_samples)]
     with Progress("samples", len(rows)) as progress:
         for first in range(0, len(rows), settings.batch_size):
-            batch, number = rows[first : first + settings.batch_size], 0  # of the row now printed
+            batch = rows[first : first + settings.batch_size]
+            number = 0  # of the row that is printed now
             tokens = [(encode_prompt(tokenizer, p["prompt"]), sample) for p, sample in batch]
             warn_of_length(max(len(row) for row, _ in tokens), model.config.block_size, settings)
             for completions in complete(model, tokenizer, tokens, settings):
@@ -234,9 +237,10 @@ def complete(model: GPT, tokenizer: Tokenizer, rows: list, settings: SampleConfi
     prompts, count = [prompt for prompt, _ in rows], settings.max_new_tokens
     seeds = [[settings.seed, sample] for _, sample in rows]
     noise = [np.random.default_rng(seed).random(count, dtype=np.float32) for seed in seeds]
-    for columns in generate(model, prompts, np.stack(noise), tokenizer.vocab_size, settings):
-        for completion, tokens, logprobs in zip(completions, *columns):
-            for token, logprob in zip(tokens, logprobs):
+    vocab_size = tokenizer.vocab_size
+    for tokens, logprobs in generate(model, prompts, np.stack(noise), vocab_size, settings):
+        for completion, *row in zip(completions, tokens, logprobs):
+            for token, logprob in zip(*row):
                 if not completion.ended:
                     completion.add(token, logprob)
         yield completions
@@ -286,6 +290,7 @@ class Completion:
         return text[: len(text) - withheld]
 
     def to_dict(self) -> dict:
+        """The record for --json; tokens and mean_logprob include those of a stop text."""
         count = len(self.tokens)
         return {
             "text": self.text,
@@ -296,10 +301,10 @@ class Completion:
         }
 
 
-# Decoding
+# Decoding: prefilling reads a prompt into the cache at once; each step then adds one token
 
 PREFILL_TOKENS = 1 << 16  # of prompts, read at once
-GPU_STEPS = 32  # between two looks at what a GPU computed
+GPU_STEPS = 32  # between two copies of tokens from a GPU
 INDUCTOR_OPTIONS = {
     "coordinate_descent_tuning": True,  # a product with one row becomes a sum, tuned by search
     "realize_opcount_threshold": 4,  # compute GELU before such a sum, not anew for each term
@@ -316,17 +321,18 @@ def generate(model: GPT, prompts: list, noise: np.ndarray, vocab_size: int, sett
     """
     batch = Batch(model, prompts, noise, vocab_size, settings)
     max_steps = GPU_STEPS if batch.tokens.is_cuda else 1
-    done, end = batch.start, batch.tokens.size(1)  # columns
-    while done < end:
+    column, last = batch.start, batch.tokens.size(1)
+    while column < last:
         room = batch.context - batch.lengths.max()
         if not room:
             batch.shorten_full_rows()
             continue
-        count = min(max_steps, room, end - done)
+        count = min(max_steps, room, last - column)
         for _ in range(count):
-            batch.advance()
+            batch.run_step()
         batch.lengths += count
-        columns, done = slice(done, done + count), done + count
+        columns = slice(column, column + count)
+        column += count
         yield batch.tokens[:, columns].tolist(), batch.logprobs[:, columns].tolist()
 
 
@@ -348,7 +354,7 @@ class Batch:
     def __init__(self, model: GPT, prompts, noise, vocab_size: int, settings: SampleConfig):
         device, self.context = model.wte.weight.device, model.config.block_size
         self.model, self.vocab_size, self.settings = model, vocab_size, settings
-        visible = [prompt[-self.context :] for prompt in prompts]
+        visible = [prompt[-self.context :] for prompt in prompts]  # by the model
         rows, new = noise.shape
         self.start = max(map(len, visible))  # the first column that is generated
         self.tokens = torch.zeros(rows, self.start + new, dtype=torch.long, device=device)
@@ -356,9 +362,10 @@ class Batch:
         self.logprobs = torch.zeros_like(self.noise)
         self.is_in_text = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self.column = torch.full((1,), self.start, device=device)  # that the next step computes
-        slots = min(self.context, -(-(self.start + new) // 128) * 128)  # few lengths, few plans
+        slots = min(self.context, round_up(self.start + new, 128))  # few shapes to plan for
         self.cache = KVCache(model.config, rows, slots, model.wte.weight)
-        self.advance = self.capture_step() if device.type == "cuda" else self.step
+        # before the rows are filled: capturing runs a step, which writes into all of the above
+        self.run_step = self.capture_step() if device.type == "cuda" else self.step
         self.noise[:, self.start :] = torch.from_numpy(noise)
         for row, (prompt, end) in enumerate(zip(prompts, visible)):
             self.tokens[row, self.start - len(end) : self.start] = torch.tensor(end)
@@ -381,7 +388,7 @@ class Batch:
                 tokens[number, : len(prompt)] = torch.tensor(prompt)
             pairs = [(row, n) for n, prompt in enumerate(chunk) for row in rows_of[prompt]]
             with self.cache.prefill(*torch.tensor(pairs, device=self.tokens.device).T):
-                self.model.next_logits(tokens.to(self.tokens.device), self.cache)
+                self.model.hidden(tokens.to(self.tokens.device), self.cache)  # fills the cache
 
     def step(self):
         """Compute the next column of tokens."""
@@ -430,7 +437,7 @@ class Batch:
 class KVCache:
     """The keys and values of a batch of rows, so that each new token is computed alone.
 
-    It has a fixed number of slots (a GPU's attention would plan anew for each length), of which a
+    It has a fixed number of slots (a GPU would choose a new kernel for each length), of which a
     mask hides those that are empty. Inside `prefill` a forward pass reads prompts; otherwise it
     adds one token to each row.
     """
@@ -453,7 +460,7 @@ class KVCache:
         self.prefilling = None
 
     def advance(self, T: int) -> torch.Tensor:
-        """The positions of the new tokens: (T) in prompts, else (B, 1), for which it makes room."""
+        """The positions of the new tokens, (T) in prompts, else (B, 1); mask the slots behind."""
         if self.prefilling:
             return self.slots[:T]
         self.positions = self.lengths.clone()
@@ -489,7 +496,7 @@ class LayerCache:
 
 
 def prepare_to_decode(model: GPT, device: torch.device, dtype: torch.dtype):
-    """Move the model; a CPU multiplies one row faster by a wide matrix that is transposed."""
+    """Move the model, in eval mode. A CPU multiplies one row faster by wide weights transposed."""
     model.to(device, dtype).eval()
     for layer in model.modules() if device.type == "cpu" else []:
         if isinstance(layer, torch.nn.Linear) and layer.out_features > layer.in_features:
@@ -531,7 +538,10 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SampleConfig) 
 
 
 if __name__ == "__main__":
-    with config.exit_on_failure(), config.safe_standard_streams():
+    if sys.stdin:
+        sys.stdin.reconfigure(errors="surrogateescape")
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the console's encoding
+    with config.exit_on_failure():
         try:
             main(config.load(SampleConfig, sys.argv[1:]))
         except (torch.OutOfMemoryError, MemoryError):

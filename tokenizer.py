@@ -1,8 +1,9 @@
 """The tokenizer: byte-pair encoding, learned from text.
 
 A tokenizer is a table of byte strings with their ids, and a pattern that splits text into pieces
-which no merge crosses. Of two pairs that could merge, the one with the lower id does. Each document
-is prefixed with END_OF_TEXT; text that contains these characters never becomes that token.
+which no merge crosses. Of the pairs that can merge, the one that makes the token with the lowest id
+merges first. Each document is prefixed with END_OF_TEXT; text that contains these characters never
+becomes that token.
 """
 
 import base64
@@ -34,7 +35,7 @@ PATTERNS = {
 }
 BYTES = [bytes([byte]) for byte in range(256)]
 STRETCH = 100_000  # characters; tiktoken's regex engine fails on a million of white space
-MAX_PIECE = 1000  # characters; longer ones are no words, and slow to merge
+MAX_PIECE = 1000  # characters; longer pieces are not words, and slow to merge
 
 
 @dataclass(eq=False)
@@ -65,12 +66,12 @@ class Tokenizer:
 
     @classmethod
     def from_tokens(cls, tokens: list[bytes], name: str, pattern: str) -> "Tokenizer":
-        """Return a tokenizer whose ids are the order of `tokens`, end-of-text last."""
+        """A tokenizer whose ids are the order of `tokens`, end-of-text last."""
         return cls(name, pattern, {token: i for i, token in enumerate(tokens)}, len(tokens))
 
     @classmethod
     def from_text(cls, text: str, name: str, pattern: str) -> "Tokenizer":
-        """Return the tokenizer in the text of a .tiktoken file. Raises Failure."""
+        """The tokenizer in the text of a .tiktoken file. Raises Failure."""
         try:
             lines = [(token, int(number)) for token, number in map(str.split, text.splitlines())]
             numbers = dict(lines)
@@ -86,7 +87,7 @@ class Tokenizer:
 
     @classmethod
     def from_record(cls, record: dict, text: str) -> "Tokenizer":
-        """Return the tokenizer that `record` describes and whose `to_text` is `text`."""
+        """The tokenizer that `record` describes and whose `to_text` is `text`."""
         return cls.from_text(text, record["name"], pattern_of(record))
 
     @property
@@ -95,7 +96,10 @@ class Tokenizer:
         return self.encoding.n_vocab
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the tokens of `text`, uint32; no characters in it become a special token."""
+        """The tokens of `text`, uint32; no characters in it become a special token.
+
+        A text with a whole STRETCH of white space is cut into stretches, where tokens can differ.
+        """
         text = normalize(text, self.pattern)
         starts = range(0, len(text), STRETCH)
         stretches = [text]
@@ -108,11 +112,11 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, tokens))
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token; b"" for end-of-text and for an id that is not used."""
+        """The bytes of a token; b"" for end-of-text and for an id that is not used."""
         return self.bytes_of.get(token, b"")
 
     def to_text(self) -> str:
-        """Return the text of a .tiktoken file: a line for each token, its bytes in base64, its id.
+        """The text of a .tiktoken file: a line for each token, its bytes in base64, its id.
 
         End-of-text has a line only if its id is not the one after the last.
         """
@@ -122,7 +126,7 @@ class Tokenizer:
         return "".join(lines)
 
     def same_ids(self, other: "Tokenizer") -> bool:
-        """Whether both tokenizers give every text the same tokens."""
+        """Whether both have the same table, pattern and end-of-text."""
         return (self.to_text(), self.pattern) == (other.to_text(), other.pattern)
 
     def record(self) -> dict:
@@ -132,7 +136,7 @@ class Tokenizer:
 
 
 def pattern_of(record: dict) -> str:
-    """Return the pattern of a tokenizer's record, as in a manifest.
+    """The pattern of a tokenizer's record, as in a manifest.
 
     Before records had this field, a name like bpe:8192:gpt4 ended in the pattern.
     """
@@ -140,7 +144,7 @@ def pattern_of(record: dict) -> str:
     return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))
 
 
-# ---- training
+# training
 
 
 def count_pieces(texts: Iterable[str], pattern: str) -> Counter:
@@ -183,7 +187,7 @@ def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
 
 
 def count_pairs(pieces: list[list[int]], weights: list[int]) -> tuple[Counter, dict]:
-    """Return how often each pair of neighbours occurs, and the indices of the pieces with it."""
+    """How often each pair of neighbours occurs, and the indices of the pieces with it."""
     pair_counts, pieces_with = Counter(), defaultdict(set)
     for index, piece in enumerate(pieces):
         for pair in pairwise(piece):
@@ -193,7 +197,7 @@ def count_pairs(pieces: list[list[int]], weights: list[int]) -> tuple[Counter, d
 
 
 def most_frequent(heap: list, pair_counts: Counter) -> tuple[int, int] | None:
-    """Pop the most frequent pair. Counts in the heap may be too high, as merges since took some."""
+    """Pop the most frequent pair. Counts in the heap can be too high: merges have used some up."""
     while heap:
         count, pair = heapq.heappop(heap)
         if -count == pair_counts[pair]:

@@ -22,7 +22,7 @@ HF_FILES = ["tokenizer.json", "tokenizer_config.json"]
 
 
 def bpe_size(name: str) -> int:
-    """Return N of bpe:N, 0 for another tokenizer. Raises ValueError for a name without meaning."""
+    """N of bpe:N, 0 for another tokenizer. Raises ValueError for a name without meaning."""
     kind, _, pattern = name.rpartition(":")
     if kind.startswith("bpe:") and pattern in PATTERNS:
         raise ValueError(f"tokenizer {name}: use --tokenizer={kind} --split_pattern={pattern}")
@@ -30,7 +30,7 @@ def bpe_size(name: str) -> int:
         if not 257 <= int(name[4:]) <= 1_000_000:
             raise ValueError(f"tokenizer {name}: N is from 257 (bytes and end-of-text) to 1000000")
         return int(name[4:])
-    is_model = files.hub_repo(name) or (name and Path(name).expanduser().is_dir())
+    is_model = files.hub_repo(name) or (name and Path(os.path.expanduser(name)).is_dir())
     if name != "bytes" and not name.endswith(".tiktoken") and not is_model:
         kinds = "gpt2, bytes, bpe:N, a .tiktoken file, a Hugging Face folder or OWNER/NAME"
         raise ValueError(f"tokenizer {name!r} is none of {kinds}")
@@ -38,14 +38,14 @@ def bpe_size(name: str) -> int:
 
 
 def load_tokenizer(name: str, pattern: str, downloads: Path) -> Tokenizer:
-    """Return the tokenizer gpt2, bytes, a .tiktoken file, a Hugging Face folder or OWNER/NAME.
+    """The tokenizer gpt2, bytes, a .tiktoken file, a Hugging Face folder or OWNER/NAME.
 
     pattern: how a .tiktoken file splits text, where nothing else says it; "" = it is known.
     downloads: the folder that keeps GPT-2's file. Raises Failure.
     """
     if name == "bytes":
         return Tokenizer.from_tokens(BYTES, name, choose_pattern(name, "gpt2", pattern))
-    path = gpt2_file(downloads) if name == "gpt2" else Path(name).expanduser()
+    path = gpt2_file(downloads) if name == "gpt2" else Path(os.path.expanduser(name))
     if name != "gpt2" and path.suffix != ".tiktoken":
         tokenizer = load_hf_tokenizer(files.model_folder(name, HF_FILES, has_hf_tokenizer), name)
         choose_pattern(name, tokenizer.pattern, pattern)
@@ -57,7 +57,7 @@ def load_tokenizer(name: str, pattern: str, downloads: Path) -> Tokenizer:
 
 
 def choose_pattern(name: str, known: str, given: str) -> str:
-    """Return the known pattern, else the given one. Raises Failure if they differ or none is."""
+    """The known pattern, else the given one. Raises Failure if they differ or none is."""
     if known and given not in ("", known):
         raise Failure(f"tokenizer {name} splits text as {known}, not as --split_pattern={given}")
     if not known and not given:
@@ -67,11 +67,12 @@ def choose_pattern(name: str, known: str, given: str) -> str:
 
 
 def known_pattern(path: Path) -> str:
-    """Return how a .tiktoken file splits text, from its dataset's manifest or its hash, or ""."""
+    """How a .tiktoken file splits text, from its dataset's manifest or its hash, or ""."""
     manifest = path.with_name("manifest.json")
     if path.name == "tokenizer.tiktoken" and manifest.is_file():
         record = files.read_json(manifest).get("tokenizer")
-        return pattern_of(record) if isinstance(record, dict) else ""
+        is_its = isinstance(record, dict) and record.get("sha256") == files.sha256_of(path)
+        return pattern_of(record) if is_its else ""
     return "gpt2" if files.sha256_of(path) == GPT2_SHA256 else ""
 
 
@@ -96,7 +97,7 @@ def has_hf_tokenizer(folder: Path) -> bool:
 
 
 def load_hf_tokenizer(folder: Path, name: str) -> Tokenizer:
-    """Return the byte-level BPE tokenizer in a Hugging Face folder, with the same ids.
+    """The byte-level BPE tokenizer in a Hugging Face folder, with the same ids.
 
     Its end-of-sequence token is our end-of-text; text never becomes another special token. Raises
     Failure if ids could differ: another algorithm, pattern or normalizer, merges out of order.
@@ -123,7 +124,7 @@ def load_hf_tokenizer(folder: Path, name: str) -> Tokenizer:
 
 
 def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
-    """Return a folder's vocabulary, its merges, the ids of added tokens, and the pattern."""
+    """A folder's vocabulary, its merges, the ids of added tokens, and the pattern."""
     file = files.read_json(folder / "tokenizer.json")
     model, pattern = file["model"], pattern_in(file.get("pre_tokenizer") or {}, folder)
     odd = {name: model[name] for name in UNSUPPORTED if model.get(name)}
@@ -142,7 +143,7 @@ def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
 
 
 def pattern_in(pre_tokenizer: dict, folder: Path) -> str:
-    """Return the key in PATTERNS of how a tokenizer.json splits text. Raises Failure."""
+    """The key in PATTERNS of how a tokenizer.json splits text. Raises Failure."""
     is_sequence = pre_tokenizer.get("type") == "Sequence"
     *splits, level = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
     if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
@@ -155,13 +156,13 @@ def pattern_in(pre_tokenizer: dict, folder: Path) -> str:
 
 
 def split_steps(pattern: str) -> list[dict]:
-    """Return the steps of a tokenizer.json before ByteLevel, which has GPT-2's pattern built in."""
+    """The steps of a tokenizer.json before ByteLevel, which has GPT-2's pattern built in."""
     split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}}
     return [] if pattern == "gpt2" else [split | {"behavior": "Isolated", "invert": False}]
 
 
 def merged_ids(vocab: dict, merges: list, special: set[str], folder: Path) -> dict[bytes, int]:
-    """Return the ids of bytes and merged tokens. Raises Failure unless ids say what merges do.
+    """The ids of bytes and merged tokens. Raises Failure unless ids say what merges do.
 
     Hugging Face makes the merge that is listed first; we make the one whose token has the lowest
     id. They agree if the merges that ids imply are those listed. Not so for "x q", "q z", "x qz":
@@ -183,7 +184,7 @@ def merged_ids(vocab: dict, merges: list, special: set[str], folder: Path) -> di
 
 
 def implied_merges(ids: dict[bytes, int]) -> list[list[bytes]]:
-    """Return the parts that byte-pair encoding merges last into each token, in the order of ids.
+    """The parts that byte-pair encoding merges last into each token, in the order of ids.
 
     These are more than two if it never makes the token, or its id does not fit.
     """
@@ -232,7 +233,7 @@ def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path):
 
 
 def byte_characters() -> dict[str, int]:
-    """Return the printable characters for the 256 bytes in such files, as GPT-2 chose them."""
+    """The printable characters for the 256 bytes in such files, as GPT-2 chose them."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = {chr(byte): byte for byte in printable}
@@ -240,7 +241,7 @@ def byte_characters() -> dict[str, int]:
 
 
 def content_of(token) -> str:
-    """Return the text of a special token, which is written alone or among its properties."""
+    """The text of a special token, which is written alone or among its properties."""
     return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 

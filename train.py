@@ -7,7 +7,7 @@
 
 The invariant: the batch of a step is a pure function of (seed, step), and dropout of (seed, step,
 rank). With the weights, the optimizers' state and the step, latest.pt has all that a run needs to
-continue exactly, on any number of ranks.
+continue exactly. On another number of ranks (processes, one per GPU) the batches stay the same.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -30,10 +29,11 @@ import config
 import hardware
 import log
 import sample
-from config import NOT_FINITE, Failure
-from dataset import Dataset, Windows, hash_numbers, window_order
+from config import NO_CHECKPOINT, NOT_FINITE, Failure
+from dataset import Dataset, window_order
 from files import locked
 from hardware import autocast
+from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 
@@ -53,13 +53,13 @@ class TrainConfig(ModelShape):
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     dataset: str = "stdlib"  # folder in data_dir; stdlib and shakespeare are made when missing
     data_dir: str = "data"  # folder of the datasets
-    tokenizer: str = ""  # of shards made elsewhere: gpt2, bytes, a .tiktoken file, OWNER/NAME
+    tokenizer: str = ""  # of shards without a manifest: gpt2, bytes, a .tiktoken file, OWNER/NAME
     split_pattern: str = ""  # of a .tiktoken file in `tokenizer`: gpt2, gpt4 or qwen
     batch_tokens: int = 512 * 1024  # tokens of an optimizer step, over all ranks
-    micro_batch_size: int = 0  # sequences a device holds at once; 0 = the most that fit, by trying
+    micro_batch_size: int = 0  # sequences a device holds at once; 0 = found by trying on a GPU
     max_steps: int = 19073  # optimizer steps; 19,073 of 0.5M tokens are 10B
     learning_rate: float = 6e-4  # peak, after warm-up
-    min_lr: float = 6e-5  # where the decay ends; Muon's rate falls in proportion
+    min_lr: float = 6e-5  # where the decay ends; Muon's rate falls by the same factor
     warmup_steps: int = 700  # steps of linear warm-up to learning_rate
     decay: str = "cosine"  # how the learning rate falls: cosine or linear
     decay_steps: int = 0  # steps of decay at the end, after a plateau; 0 = all after warm-up
@@ -97,6 +97,10 @@ class TrainConfig(ModelShape):
         if self.fine_tunes and not checkpoint.is_hf_name(self.init_from):
             choices = "scratch, resume, a folder, gpt2, or OWNER/NAME on the Hub"
             raise ValueError(f"init_from {self.init_from!r} is not one of {choices}")
+        shape = {field.name for field in fields(ModelShape)} - {"block_size", "dropout"}
+        chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
+        if self.fine_tunes and chosen:
+            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} brings its own shape")
         if self.min_lr > self.learning_rate:
             rates = f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}"
             raise ValueError(rates)
@@ -132,14 +136,13 @@ def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
     refuse_to_overwrite(settings)
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
-        with config.exit_on_failure(only_first_rank=True):
-            checkpoint.hf_folder(settings.init_from)
+        checkpoint.hf_folder(settings.init_from)
     with start_ranks(settings.device) as ranks, contextlib.ExitStack() as stack:
         dataset = open_dataset(settings, ranks)
         lock = Path(settings.out_dir) / "lock"
         in_use = f"{settings.out_dir} is in use by another run; choose another --out_dir"
         ranks.on_rank_0(lambda: stack.enter_context(locked(lock, in_use)))
-        ranks.on_rank_0(lambda: refuse_to_overwrite(settings))  # a run may have ended since
+        ranks.on_rank_0(lambda: refuse_to_overwrite(settings))  # again, now that no run can start
         run = start_run(settings, ranks, dataset)
         ranks.on_rank_0(lambda: clear_folder(run))
         run.print(describe(run))
@@ -163,6 +166,7 @@ class Run:
     val_loss: float = math.inf  # of the last validation, nats per token
     val_step: int = 0  # the step of the last validation
     best_val_loss: float = math.inf
+    stop_requested: bool = False  # by Ctrl-C or SIGTERM
 
     @property
     def folder(self) -> Path:
@@ -198,13 +202,13 @@ def train(run: Run) -> bool:
     meter = log.Meter(settings.max_steps, settings.batch_tokens, flops, peak)
     grad_norm = torch.zeros(())
     batch = micro_batch(run, first_step, 0)
-    with stop_requests() as stop_requested:
+    with catch_stop_requests(run):
         for step in range(first_step, settings.max_steps + 1):  # the last pass validates and saves
             is_last = step == settings.max_steps
-            if step > first_step and (step % settings.eval_interval == 0 or is_last):
+            if step > run.val_step and (step % settings.eval_interval == 0 or is_last):
                 with meter.paused():
                     validate_and_keep_best(run)
-            stop = ranks.any(stop_requested.is_set())
+            stop = ranks.any(run.stop_requested)
             is_due = step > first_step and step % settings.checkpoint_interval == 0
             if is_due or stop or is_last:
                 with meter.paused():
@@ -218,7 +222,7 @@ def train(run: Run) -> bool:
                 torch.manual_seed(hash_numbers(settings.seed, step, ranks.rank))
             step_loss = torch.zeros((), device=ranks.device)
             for micro_step in range(run.micro_steps):
-                # DDP averages the gradients over the ranks once per step, in the last backward
+                # DDP (which alone reads this flag) averages the gradients in the last backward
                 forward.require_backward_grad_sync = micro_step == run.micro_steps - 1
                 with autocast(settings.device, settings.dtype):
                     loss = forward(*batch).mean() / run.micro_steps
@@ -269,17 +273,16 @@ def to_device(windows: np.ndarray, device: torch.device):
 
 
 @contextlib.contextmanager
-def stop_requests():
-    """Yield an Event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
-    requested = threading.Event()
+def catch_stop_requests(run: Run):
+    """Ctrl-C and SIGTERM set run.stop_requested inside; after either, Ctrl-C interrupts."""
 
     def request(number, frame):
-        requested.set()
+        run.stop_requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     handlers = {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield requested
+        yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -291,7 +294,7 @@ def check_finite(run: Run, **values: float):
         listed = ", ".join(f"{name} {value}" for name, value in values.items())
         raise Failure(
             f"step {run.step}: {listed}: no longer finite;\n"
-            f"the checkpoints in {run.folder} are from before. "
+            f"checkpoints in {run.folder}, if any, are from before. "
             "Try a lower --learning_rate or more --warmup_steps",
             NOT_FINITE,
         )
@@ -313,14 +316,16 @@ def log_step(run: Run, meter: log.Meter, loss: float, grad_norm: float, learning
 
 def make_optimizers(model: GPT, settings: TrainConfig, ranks: "Ranks") -> list:
     """AdamW (Loshchilov & Hutter 2019), and Muon for the blocks' matrices if asked for."""
-    decay, muon, parameters = settings.weight_decay, [], list(model.parameters())
+    weight_decay, muon, parameters = settings.weight_decay, [], list(model.parameters())
     if settings.optimizer == "muon":
-        muon = [Muon(model.matrices(), settings.muon_momentum, decay, ranks.split)]
-        taken = {id(weight) for weight, _ in model.matrices()}
+        matrices = model.matrices()
+        muon = [Muon(matrices, settings.muon_momentum, weight_decay, ranks.split)]
+        taken = {id(weight) for weight, _ in matrices}
         parameters = [p for p in parameters if id(p) not in taken]
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
     betas = (settings.beta1, settings.beta2)
     return [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True), *muon]
 
@@ -353,7 +358,7 @@ def schedule(step: int, settings: TrainConfig) -> float:
     return lowest + (1 - lowest) * height
 
 
-# Validation
+# Validation and checkpoints
 
 
 def validate_and_keep_best(run: Run):
@@ -369,11 +374,27 @@ def validate_and_keep_best(run: Run):
         save_checkpoint(run, "best.pt")
 
 
+def save_checkpoint(run: Run, name: str):
+    """Write latest.pt, or best.pt, which goes without the optimizers' state."""
+    state = checkpoint.model_state(run.model, run.dataset.tokenizer) | {
+        "step": run.step,
+        "val_loss": run.val_loss,
+        "val_step": run.val_step,
+        "best_val_loss": run.best_val_loss,
+        "settings": asdict(run.settings),
+        "dataset": run.dataset.fingerprint(),
+        "world_size": run.ranks.world_size,
+    }
+    if name == "latest.pt":
+        state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
+    run.ranks.on_rank_0(lambda: checkpoint.save(run.folder / name, state))
+
+
 @torch.no_grad()
 def validate(run: Run) -> float:
     """The mean loss, in nats per token, of fixed windows spread evenly over the validation text."""
-    settings, ranks, size = run.settings, run.ranks, run.settings.micro_batch_size
-    windows: Windows = run.dataset.val
+    settings, ranks, windows = run.settings, run.ranks, run.dataset.val
+    size = settings.micro_batch_size
     count = min(len(windows), max(1, settings.eval_tokens // settings.block_size))
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
     chosen = chosen[ranks.rank :: ranks.world_size]
@@ -409,7 +430,7 @@ class Ranks:
     device: torch.device
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks."""
+        """The sum of `values` over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -520,6 +541,8 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     model = build_model(settings, dataset, saved).to(ranks.device)
     settings = resolve_auto(settings, ranks, model, saved)
     run = Run(settings, ranks, dataset, model, make_optimizers(model, settings, ranks))
+    if saved and "optimizers" not in saved:
+        raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
     if saved:
         for optimizer, state in zip(run.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -528,14 +551,14 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     return run
 
 
-MAY_CHANGE = {  # on resume; every other setting decides what is learned from which data
-    *("out_dir", "init_from", "overwrite", "data_dir", "sample_prompt"),
-    *("dataset", "tokenizer", "split_pattern"),  # names: what they name is compared itself
-    *("max_steps", "learning_rate", "min_lr", "warmup_steps", "decay", "decay_steps"),
-    *("muon_learning_rate", "grad_clip", "micro_batch_size", "activation_checkpointing"),
-    *("eval_interval", "eval_tokens", "checkpoint_interval", "log_interval"),
-    *("device", "dtype", "compile"),
-}
+# What may change on resume: names, the schedule, hardware and logging. All else is refused.
+NAMES = (
+    "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
+    "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
+    "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
+    "compile activation_checkpointing"
+)
+MAY_CHANGE = frozenset(NAMES.split())
 
 
 def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
@@ -573,9 +596,9 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | 
         dtype = before.get("dtype") or ("bfloat16" if ranks.min(can_bf16) else "float32")
     if compiled == "auto":
         compiled = before.get("compile") or ("on" if hardware.can_compile(ranks.device) else "off")
-    same_memory = before and saved["world_size"] == ranks.world_size
-    name = "activation_checkpointing"
-    if not size and same_memory and before[name] == settings.activation_checkpointing:
+    same_memory = before and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
+    checkpointing = before.get("activation_checkpointing")
+    if not size and same_memory and checkpointing == settings.activation_checkpointing:
         size = before["micro_batch_size"]
     if not size:
         share = settings.step_sequences // ranks.world_size
@@ -626,22 +649,6 @@ def clear_folder(run: Run):
         (run.folder / name).unlink(missing_ok=True)
 
 
-def save_checkpoint(run: Run, name: str):
-    """Write latest.pt, or best.pt, which goes without the optimizers' state."""
-    state = checkpoint.model_state(run.model, run.dataset.tokenizer) | {
-        "step": run.step,
-        "val_loss": run.val_loss,
-        "val_step": run.val_step,
-        "best_val_loss": run.best_val_loss,
-        "settings": asdict(run.settings),
-        "dataset": run.dataset.fingerprint(),
-        "world_size": run.ranks.world_size,
-    }
-    if name == "latest.pt":
-        state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
-    run.ranks.on_rank_0(lambda: checkpoint.save(run.folder / name, state))
-
-
 # What a run prints
 
 
@@ -678,3 +685,4 @@ if __name__ == "__main__":
         except torch.OutOfMemoryError:
             hint = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
             raise Failure(f"the GPU's memory is full; {hint}") from None
+    config.end_process(0)

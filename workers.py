@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 
 from config import INPUT_OUTPUT, Failure
@@ -25,7 +26,8 @@ class Workers:
 
     def __exit__(self, *_):
         if self.pool:
-            self.pool.shutdown(cancel_futures=True)
+            with no_interrupt():  # the processes wait for a signal to end
+                self.pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable, parts: Iterable) -> Iterator:
         """Yield function(part) for each part, in order, with few parts in memory at once."""
@@ -41,7 +43,8 @@ class Workers:
         results = deque()
         try:
             for part in parts:
-                results.append(self.submit(function, part))
+                with no_interrupt():  # inherited by a process that starts here
+                    results.append(self.pool.submit(function, part))
                 if len(results) == 2 * self.count:
                     yield results.popleft().result()
             while results:
@@ -50,13 +53,15 @@ class Workers:
             hint = "is the memory full? try fewer --processes"
             raise Failure(f"a worker process was killed; {hint}", INPUT_OUTPUT) from None
 
-    def submit(self, function: Callable, part):
-        """Hand a part to the pool. A process that starts here inherits that it ignores Ctrl-C."""
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return self.pool.submit(function, part)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+
+@contextmanager
+def no_interrupt() -> Iterator:
+    """Ctrl-C waits until the end of this block."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def end_with_parent():

@@ -33,47 +33,41 @@ class Failure(Exception):
 
 
 @contextlib.contextmanager
-def exit_on_failure(only_first_rank: bool = False):
-    """An expected error inside ends the program with one message and its exit code, not a
-    traceback.
+def exit_on_failure():
+    """An expected error inside ends the program with one message and its exit code, no traceback.
 
-    only_first_rank: all processes of torchrun have the same error, so only rank 0 prints it. A
-    Failure without a message is the error of another rank, which prints it.
+    torchrun ends all ranks once one has ended. So of an error that all ranks have, rank 0 prints
+    the message; the others wait first, and print only if rank 0 is still alive. A Failure without
+    a message is the error of another rank.
     """
     try:
         yield
+        sys.stdout.flush()  # here, where an error still gets its exit code
+        return
     except Failure as failure:
         message, code = str(failure), failure.code
+    except BrokenPipeError:  # as of `| head`
+        message, code = "", 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
     except OSError as error:
         message, code = f"{type(error).__name__}: {error}", INPUT_OUTPUT
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    else:
-        return
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or (message and not only_first_rank):
+    if rank != "0":
+        time.sleep(10)
+    if message:
         source = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
         print(f"{source}: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(
-            10
-        )  # torchrun kills the others once one ends: the rank that prints must be first
+    end_process(code)
+
+
+def end_process(code: int):
+    """Exit. Under torchrun without Python's clean-up, in which threads of gloo can abort a rank."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def safe_standard_streams():
-    """Have text survive the console's encoding, and a closed pipe end the program quietly."""
-    if sys.stdin:
-        sys.stdin.reconfigure(errors="surrogateescape")
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        yield
-        sys.stdout.flush()  # inside, where an error still has its exit code
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
-        if not isinstance(error, BrokenPipeError):  # as of `| head`
-            raise
 
 
 def load(settings_class, arguments: list[str], positional: str = ""):
@@ -82,9 +76,9 @@ def load(settings_class, arguments: list[str], positional: str = ""):
     positional: the field set by an argument that is neither a recipe nor `--name=value`. Ends the
     program with code 2 where an argument, a recipe or a value does not fit; with 0 after --help.
     """
-    with exit_on_failure(only_first_rank=True):
+    with exit_on_failure():
         if {"--help", "-h"} & set(arguments):
-            print(help_text(settings_class, positional))
+            print(help_text(settings_class, positional), flush=True)
             sys.exit(0)
         values = {}
         for argument in sorted(arguments, key=lambda a: a.startswith("-")):  # recipes come first
@@ -183,9 +177,7 @@ def convert(settings_class, name: str, value, where: str, from_text: bool = Fals
     wanted = types[name]
     if from_text and wanted is not str:
         text = {"true": "True", "false": "False"}.get(value, value)
-        with contextlib.suppress(
-            SyntaxError, Failure
-        ):  # text that is no value fails the check below
+        with contextlib.suppress(SyntaxError, Failure):  # then the check below fails
             value = evaluate(ast.parse(text.strip(), mode="eval").body, where)
     fits = type(value) is wanted or (wanted is float and type(value) is int)
     if not fits or (wanted is float and not math.isfinite(value)):

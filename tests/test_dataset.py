@@ -77,10 +77,10 @@ def test_damaged_and_unfinished_shards_are_refused(tmp_path):
 
 
 def test_windows_overlap_by_one_token_and_do_not_cross_shards(tmp_path):
-    for number, tokens in enumerate((range(41), range(100, 125), range(200, 205))):
+    for number, tokens in enumerate((range(41), range(100, 130), range(200, 205))):
         write_shards(tmp_path, f"shard{number}", tokens)
     windows = Windows(sorted(tmp_path.glob("*.bin")), block_size=10, vocab_size=300)
-    assert len(windows) == 4 + 2 + 0 and windows.count_tokens() == 41 + 25 + 5
+    assert len(windows) == 4 + 2 + 0 and windows.count_tokens() == 41 + 30 + 5
     rows = windows[np.array([3, 0, 4, 5])]
     assert rows[:, 0].tolist() == [30, 0, 100, 110]
     assert rows.shape == (4, 11) and rows.dtype == np.int64 and (np.diff(rows) == 1).all()
