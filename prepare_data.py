@@ -516,10 +516,8 @@ def link_shards(settings: PrepareConfig, folder: Path):
 
 def merge(settings: PrepareConfig, work: Path) -> dict:
     """Join the shards of several datasets, as links where the disk can; return the manifest."""
-    folder, paths = (
-        work / "dataset",
-        [Path(os.path.expanduser(p)) for p in settings.merge.split(",") if p],
-    )
+    folder, names = work / "dataset", filter(None, settings.merge.split(","))
+    paths = [Path(os.path.expanduser(name)) for name in names]
     if not paths or len({path.resolve() for path in paths}) < len(paths):
         raise Failure(f"--merge={settings.merge}: name at least one folder, and none twice")
     manifests = [read_manifest(path) for path in paths]

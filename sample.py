@@ -16,6 +16,7 @@ import codecs
 import contextlib
 import importlib
 import json
+import os
 import sys
 import time
 from collections import defaultdict
