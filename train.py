@@ -86,11 +86,11 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 1, "batch_tokens max_steps eval_interval eval_tokens")
         config.check_bounds(self, 1, "checkpoint_interval log_interval")
         config.check_bounds(self, 0, "seed micro_batch_size warmup_steps decay_steps learning_rate")
-        config.check_bounds(self, 0, "min_lr weight_decay beta1 beta2 grad_clip")
-        config.check_bounds(self, 0, "muon_learning_rate muon_momentum")
+        config.check_bounds(self, 0, "min_lr weight_decay grad_clip muon_learning_rate")
         for name in ("beta1", "beta2", "muon_momentum"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)} and must be below 1")
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value} and must be below 1 (and at least 0)")
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
         config.check_choices(self, compile="auto on off")
@@ -102,8 +102,8 @@ class TrainConfig(ModelShape):
         if self.fine_tunes and chosen:
             raise ValueError(f"{chosen[0]} has no effect: {self.init_from} brings its own shape")
         if self.min_lr > self.learning_rate:
-            rates = f"min_lr {self.min_lr} must not exceed learning_rate {self.learning_rate}"
-            raise ValueError(rates)
+            rate = self.learning_rate
+            raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {rate}")
         if self.warmup_steps + self.decay_steps > self.max_steps:
             steps = f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps}"
             raise ValueError(f"{steps} must not exceed max_steps {self.max_steps}")
@@ -115,11 +115,9 @@ class TrainConfig(ModelShape):
         unit = self.block_size * ranks * size
         if self.batch_tokens % unit:
             product = f"block_size {self.block_size} x {ranks} ranks x micro_batch_size {size}"
-            nearest = max(1, round(self.batch_tokens / unit)) * unit
-            raise ValueError(
-                f"batch_tokens {self.batch_tokens} must be a multiple of {unit}: {product}; "
-                f"the nearest is {nearest}"
-            )
+            nearest = f"the nearest is {max(1, round(self.batch_tokens / unit)) * unit}"
+            reason = f"must be a multiple of {unit}: {product}; {nearest}"
+            raise ValueError(f"batch_tokens {self.batch_tokens} {reason}")
 
     @property
     def fine_tunes(self) -> bool:
@@ -292,12 +290,9 @@ def check_finite(run: Run, **values: float):
     """Raise Failure before numbers that are not finite reach a checkpoint."""
     if not all(map(math.isfinite, values.values())):
         listed = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise Failure(
-            f"step {run.step}: {listed}: no longer finite;\n"
-            f"checkpoints in {run.folder}, if any, are from before. "
-            "Try a lower --learning_rate or more --warmup_steps",
-            NOT_FINITE,
-        )
+        hint = "Try a lower --learning_rate or more --warmup_steps"
+        before = f"checkpoints in {run.folder}, if any, are from before. {hint}"
+        raise Failure(f"step {run.step}: {listed}: no longer finite;\n{before}", NOT_FINITE)
 
 
 def log_step(run: Run, meter: log.Meter, loss: float, grad_norm: float, learning_rate: float):
@@ -334,9 +329,8 @@ def set_learning_rates(run: Run, step: int) -> float:
     """Give each optimizer its learning rate for a step; return AdamW's."""
     settings, share = run.settings, schedule(step, run.settings)
     for optimizer in run.optimizers:
-        peak = settings.learning_rate
-        if isinstance(optimizer, Muon) and settings.muon_learning_rate:
-            peak = settings.muon_learning_rate
+        muon_peak = settings.muon_learning_rate if isinstance(optimizer, Muon) else 0.0
+        peak = muon_peak or settings.learning_rate
         for group in optimizer.param_groups:
             group["lr"] = share * peak
     return share * settings.learning_rate
@@ -502,12 +496,11 @@ def start_ranks(device_name: str):
 def refuse_to_overwrite(settings: TrainConfig):
     """Raise Failure where a new run would overwrite another."""
     folder = Path(settings.out_dir)
-    has_latest, has_best = (folder / "latest.pt").exists(), (folder / "best.pt").exists()
-    if settings.init_from == "resume" or settings.overwrite or not (has_latest or has_best):
-        return
-    resume = "continue it: --init_from=resume, " if has_latest else ""
-    others = "keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
-    raise Failure(f"{folder} already has a run; {resume}{others}")
+    saved = [name for name in ("latest.pt", "best.pt") if (folder / name).exists()]
+    if saved and settings.init_from != "resume" and not settings.overwrite:
+        resume = "continue it: --init_from=resume, " if "latest.pt" in saved else ""
+        others = "keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
+        raise Failure(f"{folder} already has a run; {resume}{others}")
 
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
@@ -580,10 +573,9 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
         steps = f"is at step {saved['step']}, and max_steps is {settings.max_steps}"
         raise Failure(f"{settings.out_dir} {steps}")
     if differing:
-        raise Failure(
-            f"{settings.out_dir} cannot continue with another {', '.join(differing)};\n"
-            "set them as they were, or start a new run with another --out_dir"
-        )
+        hint = "set them as they were, or start a new run with another --out_dir"
+        others = ", ".join(differing)
+        raise Failure(f"{settings.out_dir} cannot continue with another {others};\n{hint}")
 
 
 def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | None):
@@ -629,11 +621,9 @@ def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
     name, tokens = settings.init_from, dataset.tokenizer
     model, tokenizer = checkpoint.open_hf(name, settings.dropout)
     if not tokenizer.same_ids(tokens):
-        command = f"python prepare_data.py NAME --source=PATH --tokenizer={name}"
-        raise Failure(
-            f"dataset {settings.dataset} has the tokenizer {tokens.name}, not the one {name} was "
-            f"trained with; make it again: {command}"
-        )
+        hint = f"make it again: python prepare_data.py NAME --source=PATH --tokenizer={name}"
+        reason = f"has the tokenizer {tokens.name}, not the one {name} was trained with"
+        raise Failure(f"dataset {settings.dataset} {reason}; {hint}")
     if model.config.block_size < settings.block_size:
         sizes = f"block_size {settings.block_size} exceeds the {model.config.block_size} of {name}"
         raise Failure(f"{sizes}; lower it")
