@@ -67,7 +67,7 @@ class Dataset:
         self.val = self.open_split("val")
 
     def open_split(self, split: str) -> "Windows":
-        """The windows of one split. Raises Failure if its shards are not the manifest's."""
+        """The windows of one split. Raises Failure if the manifest gives a shard another length."""
         paths = self.shard_paths(split)
         windows = Windows(paths, self.block_size, self.tokenizer.vocab_size)
         records = self.manifest["splits"][split]["shards"] if self.manifest else []
@@ -121,9 +121,9 @@ class Dataset:
 
 
 class Windows:
-    """The windows of one split. Each has block_size + 1 tokens and starts at the last of the one
-    before: that token was the last target and now is the first input. No window crosses from one
-    shard into the next; the rest of a shard that is too short for a window is not used.
+    """The windows of one split, block_size + 1 tokens each. Neighbours share a token: the last
+    target of one is the first input of the next. No window crosses from one shard into the next;
+    the rest of a shard that is too short for a window is not used.
     """
 
     def __init__(self, paths: list[Path], block_size: int, vocab_size: int):
@@ -212,7 +212,7 @@ def open_shard(path: Path) -> np.memmap:
         if len(header) == HEADER_INTS and tuple(header[:2]) == magic_and_version:
             tokens = (path.stat().st_size - header.nbytes) / dtype.itemsize
             if tokens != header[2]:
-                message = f"says {header[2]} tokens but has {tokens:g}: it is damaged"
+                message = f"says {header[2]} tokens but has {tokens:.1f}: it is damaged"
                 raise Failure(f"{path} {message}; prepare the dataset again")
             return np.memmap(path, dtype=dtype, mode="r", offset=header.nbytes)
     found, known = tuple(header[:2].tolist()), list(FORMATS.values())

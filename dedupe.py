@@ -1,7 +1,8 @@
 """Exact and near duplicates, and text that is shared with benchmarks or between splits.
 
 Near duplicates: MinHash (Broder 1997) with bands (Lee et al. 2022, appendix A). In memory are the
-signatures (256 bytes per document), the similar pairs, and 100,000 candidate pairs at once.
+signatures (256 bytes per document), the similar pairs (8 bytes each, at most 9 per document and
+band), and 100,000 candidate pairs at once.
 """
 
 import hashlib
@@ -74,9 +75,9 @@ def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def find_near(signatures: np.ndarray, threshold: float) -> np.ndarray:
     """For each document the index of the earlier one it is similar to, or its own, int64 (N,).
 
-    signatures: uint8 (N, 256). A document is dropped for one that is kept: for a similar earlier
-    one, or, where that was dropped itself, for the original of that one if it is similar, too.
-    With a like b, b like c, but a unlike c:  a b c -> a a c;  b a c -> b b b.
+    signatures: uint8 (N, 256). A document is dropped only if it is similar to one that is kept: an
+    earlier neighbour, or the document for which that neighbour was dropped. With a like b, b like
+    c, but a unlike c, documents in the order a b c have the originals a a c, and b a c have b b b.
     """
     originals = np.arange(len(signatures))
     for second, first in similar_pairs(signatures, threshold):

@@ -29,7 +29,7 @@ class ModelShape:
     n_embd: int = 768  # width of the residual stream
     block_size: int = 1024  # longest context, in tokens
     dropout: float = 0.0  # share of activations set to zero in training
-    bias: bool = True  # gpt2: biases in linear layers and layer norms
+    bias: bool = True  # gpt2 (else ignored): biases in linear layers and layer norms
     n_kv_head: int = 0  # qwen3: heads of keys and values, each for several queries; 0 = n_head
     head_size: int = 0  # qwen3: width of a head; 0 = n_embd / n_head
     intermediate_size: int = 0  # qwen3: width of the MLP; 0 = 8/3 n_embd, rounded up to 64s
@@ -354,8 +354,8 @@ class GPT(nn.Module):
         So they do not depend on other parameters, the device or the rank.
 
         GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
-        projections into the residual stream. Qwen3's projections, and a head of its own, start at
-        zero, so that each block begins as the identity.
+        projections into the residual stream. Qwen3's c_proj weights, and lm_head where it is not
+        tied, start at zero, so that each block begins as the identity.
         """
         is_gpt2 = self.config.arch == "gpt2"
         for name, parameter in self.named_parameters():

@@ -61,8 +61,9 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Bring the singular values of matrices (N, R, C) near 1 and keep their directions.
 
     Five steps of a Newton-Schulz iteration, in bfloat16 on a GPU: each maps a singular value s to
-    3.4445 s - 4.7750 s^3 + 2.0315 s^5, coefficients by Jordan et al. 2024. The values end between
-    0.68 and 1.2, which trains as well as 1; those below 0.0015 of the matrix's norm end below.
+    3.4445 s - 4.7750 s^3 + 2.0315 s^5, coefficients by Jordan et al. 2024. Values of at least
+    0.0015 of the matrix's norm end between 0.68 and 1.2, which trains as well as 1; smaller ones
+    end lower.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.mT if x.size(1) > x.size(2) else x

@@ -234,7 +234,7 @@ def deciding_settings(settings: PrepareConfig) -> dict:
 def build(settings: PrepareConfig, work: Path) -> dict:
     """Turn the text that the settings name into a dataset in work/dataset; return its manifest."""
     contamination = collect_contamination(settings, work)
-    # first what the user named: an error in it comes before the download of a dataset
+    # open the user's files first: a wrong path fails before a download
     reader = make_reader(settings, settings.source) if settings.source else None
     tokenizer = None
     if not bpe_size(settings.tokenizer):
@@ -427,7 +427,9 @@ def split_documents(corpus: Corpus, kept: np.ndarray, val_fraction: float) -> tu
     is_cut = bool(not MIN_SHARE < share / val_fraction < MAX_SHARE or share == 1)
     if is_cut:
         count, end = f"documents: {len(spans)}, too few to hold some out", f"{val_fraction:.1%}"
-        print(f"{count}: the last {end} of each is for validation. More text changes that")
+        print(
+            f"{count}: the last {end} of each is for validation (with more documents, whole ones)"
+        )
         halves = corpus.cut(spans, val_fraction)
         splits = {name: half[np.diff(half)[:, 0] > 0] for name, half in zip(SPLITS, halves)}
     if not all(map(count_bytes, splits.values())):

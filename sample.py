@@ -7,7 +7,6 @@
     python sample.py --export_hf=hf                      a folder in Hugging Face's layout
 
 The invariant: a row of a batch gets the same tokens as it would alone. Its random numbers follow
-import os
 from (seed, number of the sample), and padding never takes part in its attention. (Up to rounding:
 in bfloat16 another batch size can change the last bit of a probability.)
 """
@@ -346,10 +345,10 @@ class Batch:
         .  h  i  j  g  g        h  i  ?  .  .                     h  i  j  g  .
 
     Tokens are aligned at the right end of the prompts, so that a step computes one column. The
-    cache is aligned at the left: the slot of a token is its position. Prefilling reads all but the
-    last tokens, padded, and leaves garbage (?) behind a short prompt. The mask hides the slots from
-    a row's length on, and a step overwrites the first of them. A step reads the last column, adds
-    it to the cache and computes the next, so the newest token is never in the cache yet.
+    cache is aligned at the left: the slot of a token is its position. Prefilling reads all but each
+    prompt's last token, padded, and leaves garbage (?) behind a short prompt. A step writes the
+    last column into each row's first free slot, attends up to that slot (a mask hides the rest) and
+    computes the next column, so the newest token is never in the cache yet.
     """
 
     def __init__(self, model: GPT, prompts, noise, vocab_size: int, settings: SampleConfig):
@@ -461,7 +460,7 @@ class KVCache:
         self.prefilling = None
 
     def advance(self, T: int) -> torch.Tensor:
-        """The positions of the new tokens, (T) in prompts, else (B, 1); mask the slots behind."""
+        """The positions of the new tokens: (T) in prefilling, else (B, 1), with the mask set."""
         if self.prefilling:
             return self.slots[:T]
         self.positions = self.lengths.clone()
@@ -497,7 +496,9 @@ class LayerCache:
 
 
 def prepare_to_decode(model: GPT, device: torch.device, dtype: torch.dtype):
-    """Move the model, in eval mode. A CPU multiplies one row faster by wide weights transposed."""
+    """Move the model, in eval mode. On a CPU, wide weights are stored transposed: one row is
+    multiplied faster.
+    """
     model.to(device, dtype).eval()
     for layer in model.modules() if device.type == "cpu" else []:
         if isinstance(layer, torch.nn.Linear) and layer.out_features > layer.in_features:

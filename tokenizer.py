@@ -138,7 +138,7 @@ class Tokenizer:
 def pattern_of(record: dict) -> str:
     """The pattern of a tokenizer's record, as in a manifest.
 
-    Before records had this field, a name like bpe:8192:gpt4 ended in the pattern.
+    Records of 0.1 lack it: their name ends in the pattern (bpe:8192:gpt4), or it is gpt2.
     """
     ending = str(record.get("name")).rpartition(":")[2]
     return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))

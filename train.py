@@ -97,7 +97,7 @@ class TrainConfig(ModelShape):
         if self.fine_tunes and not checkpoint.is_hf_name(self.init_from):
             choices = "scratch, resume, a folder, gpt2, or OWNER/NAME on the Hub"
             raise ValueError(f"init_from {self.init_from!r} is not one of {choices}")
-        shape = {field.name for field in fields(ModelShape)} - {"block_size", "dropout"}
+        shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
             raise ValueError(f"{chosen[0]} has no effect: {self.init_from} brings its own shape")
@@ -151,12 +151,93 @@ def main(settings: TrainConfig):
             run.print(f"stopped at step {run.step}; {hint}")
 
 
+# Ranks: one process per device, each with the whole model and its share of the batch
+
+
+@dataclass
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def min(self, value: int) -> int:
+        """The smallest `value` of all ranks, agreed between CPUs without waiting for a GPU."""
+        if self.world_size == 1:
+            return int(value)
+        smallest = torch.tensor(int(value))
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
+        return self.min(not flag) == 0
+
+    def split(self, function, batch: torch.Tensor) -> torch.Tensor:
+        """function(batch), of which each rank computes an equal part: for Muon."""
+        if self.world_size == 1:
+            return function(batch)
+        count = math.ceil(len(batch) / self.world_size)
+        indices = torch.arange(count, device=batch.device) + self.rank * count
+        part = function(batch[indices % len(batch)]).contiguous()  # the last may repeat the first
+        result = part.new_empty(count * self.world_size, *part.shape[1:])
+        dist.all_gather_into_tensor(result, part)
+        return result[: len(batch)]
+
+    def on_rank_0(self, task):
+        """Run `task` on rank 0 while the others wait. If it fails, all end and rank 0 says why."""
+        failure = None
+        if self.rank == 0:
+            try:
+                task()
+            except (Failure, OSError) as error:
+                failure = error
+        if self.any(failure is not None):
+            raise failure or Failure("")
+
+
+@contextlib.contextmanager
+def start_ranks(device_name: str):
+    """Yield this process's Ranks; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in names)
+    device = hardware.find_device(device_name)
+    if device.type == "cuda":
+        needed, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if needed > count:
+            raise Failure(
+                f"{needed} processes need a GPU each, not {count}: lower --nproc_per_node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size <= 1:
+        yield Ranks(0, 1, device)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, world_size, device)
+        if device.type == "cpu":
+            dist.barrier()  # a process that ends while gloo's threads still send can be aborted
+    finally:
+        dist.destroy_process_group()
+
+
+# The start of a run
+
+
 @dataclass
 class Run:
     """The state of a run: what `start_run` puts together and `train` advances."""
 
     settings: TrainConfig
-    ranks: "Ranks"
+    ranks: Ranks
     dataset: Dataset
     model: GPT
     optimizers: list[torch.optim.Optimizer]
@@ -186,6 +267,170 @@ class Run:
         if self.ranks.rank == 0:
             known = {name: value for name, value in values.items() if value == value}
             log.append_metrics(self.folder, **known)
+
+
+def refuse_to_overwrite(settings: TrainConfig):
+    """Raise Failure where a new run would overwrite another."""
+    folder = Path(settings.out_dir)
+    saved = [name for name in ("latest.pt", "best.pt") if (folder / name).exists()]
+    if saved and settings.init_from != "resume" and not settings.overwrite:
+        resume = "continue it: --init_from=resume, " if "latest.pt" in saved else ""
+        others = "keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
+        raise Failure(f"{folder} already has a run; {resume}{others}")
+
+
+def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
+    """Open the dataset; make it first where it is missing and takes seconds. Raises Failure."""
+    folder = Path(settings.data_dir) / settings.dataset
+
+    def prepare_if_missing():
+        if folder.exists():
+            return
+        script = Path(__file__).with_name("prepare_data.py")
+        if settings.dataset not in MADE_WHEN_MISSING:
+            command = f"python prepare_data.py {settings.dataset} (--help names the datasets)"
+            raise Failure(f"{folder} does not exist; make it: {command}")
+        options = [settings.dataset, f"--data_dir={settings.data_dir}"]
+        code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
+        if code:
+            raise Failure(f"the dataset {settings.dataset} could not be made", code)
+
+    ranks.on_rank_0(prepare_if_missing)
+    return Dataset(folder, settings.block_size, settings.tokenizer, settings.split_pattern)
+
+
+def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
+    """The run at its first step, or as its checkpoint left it. Raises Failure."""
+    path = Path(settings.out_dir) / "latest.pt"
+    saved = checkpoint.load(path) if settings.init_from == "resume" else None
+    if saved:
+        check_same_run(saved, settings, dataset)
+    if ranks.device.type == "cpu":
+        hardware.keep_freed_memory()
+    model = build_model(settings, dataset, saved).to(ranks.device)
+    settings = resolve_auto(settings, ranks, model, saved)
+    run = Run(settings, ranks, dataset, model, make_optimizers(model, settings, ranks))
+    if saved and "optimizers" not in saved:
+        raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
+    if saved:
+        for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
+        run.val_loss, run.val_step = saved["val_loss"], saved.get("val_step", run.step)
+        if saved["settings"]["eval_tokens"] != settings.eval_tokens:
+            run.best_val_loss = math.inf  # of another validation text
+    return run
+
+
+# What may change on resume: names, rates and clipping, validation and logging, hardware
+NAMES = (
+    "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
+    "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
+    "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
+    "compile activation_checkpointing"
+)
+MAY_CHANGE = frozenset(NAMES.split())
+
+
+def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
+    """Raise Failure where a checkpoint would not continue as the run it is from.
+
+    A setting that the checkpoint lacks counts as its default.
+    """
+    before, differing = saved["settings"], []
+    for field in fields(settings):
+        old, new = before.get(field.name, field.default), getattr(settings, field.name)
+        if field.name not in MAY_CHANGE and old != new:
+            differing.append(f"{field.name} (was {old}, now {new})")
+    tokenizer = checkpoint.restore_tokenizer(saved)
+    if not tokenizer.same_ids(dataset.tokenizer):
+        differing.append(f"tokenizer (was {tokenizer.name}, now {dataset.tokenizer.name})")
+    if saved["dataset"] != dataset.fingerprint():
+        differing.append(f"the files of dataset {settings.dataset} (was {before['dataset']})")
+    if saved["step"] > settings.max_steps:
+        steps = f"is at step {saved['step']}, and max_steps is {settings.max_steps}"
+        raise Failure(f"{settings.out_dir} {steps}")
+    if differing:
+        hint = "set them as they were, or start a new run with another --out_dir"
+        others = ", ".join(differing)
+        raise Failure(f"{settings.out_dir} cannot continue with another {others};\n{hint}")
+
+
+def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | None):
+    """The settings, with `auto` and 0 as the checkpoint has them or as this machine can do."""
+    device = ranks.device.type
+    before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
+    dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
+    if dtype == "auto":
+        can_bf16 = hardware.best_dtype(ranks.device) == "bfloat16"
+        dtype = before.get("dtype") or ("bfloat16" if ranks.min(can_bf16) else "float32")
+    if compiled == "auto":
+        compiled = before.get("compile") or ("on" if hardware.can_compile(ranks.device) else "off")
+    same_memory = before and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
+    checkpointing = before.get("activation_checkpointing")
+    if not size and same_memory and checkpointing == settings.activation_checkpointing:
+        size = before["micro_batch_size"]
+    if not size:
+        share = settings.step_sequences // ranks.world_size
+        size = hardware.fitting_micro_batch_size(model, share, settings.block_size, dtype)
+        size = ranks.min(size)
+    if not size:
+        hint = "try --activation_checkpointing=True or a smaller block_size"
+        raise Failure(f"not one sequence fits this device; {hint}")
+    return replace(settings, device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
+
+
+def build_model(settings: TrainConfig, dataset: Dataset, saved: dict | None) -> GPT:
+    """The model of the checkpoint, of a Hugging Face folder, or a new one. Raises Failure."""
+    if saved:
+        model = checkpoint.restore_model(saved, Path(settings.out_dir) / "latest.pt")
+    elif settings.fine_tunes:
+        model = pretrained_model(settings, dataset)
+    else:
+        shape = {field.name: getattr(settings, field.name) for field in fields(ModelShape)}
+        model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape))
+        model.init_weights(settings.seed)
+    model.activation_checkpointing = settings.activation_checkpointing
+    return model
+
+
+def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
+    """The model to fine-tune. Raises Failure where it does not fit the dataset or the settings."""
+    name, tokens = settings.init_from, dataset.tokenizer
+    model, tokenizer = checkpoint.open_hf(name, settings.dropout)
+    if not tokenizer.same_ids(tokens):
+        hint = f"make it again: python prepare_data.py NAME --source=PATH --tokenizer={name}"
+        reason = f"has the tokenizer {tokens.name}, not the one {name} was trained with"
+        raise Failure(f"dataset {settings.dataset} {reason}; {hint}")
+    if model.config.block_size < settings.block_size:
+        sizes = f"block_size {settings.block_size} exceeds the {model.config.block_size} of {name}"
+        raise Failure(f"{sizes}; lower it")
+    return model
+
+
+def clear_folder(run: Run):
+    """Remove what an earlier run left: all of it, or the log after the step that is resumed."""
+    if run.settings.init_from == "resume":
+        log.cut_metrics(run.folder, run.step)
+        return
+    for name in ("latest.pt", "best.pt", "metrics.jsonl", "loss.png"):
+        (run.folder / name).unlink(missing_ok=True)
+
+
+def describe(run: Run) -> str:
+    """The model, the data and the batch in three lines."""
+    settings, train_tokens = run.settings, run.dataset.train.count_tokens()
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    flops = run.model.flops_per_token(settings.block_size)
+    epochs = settings.max_steps * settings.batch_tokens / train_tokens
+    sequences = f"{settings.micro_batch_size} sequences of {settings.block_size}"
+    return (
+        f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP per token\n"
+        f"data: {train_tokens:,} training tokens of {settings.dataset}; {settings.max_steps:,} "
+        f"steps of {settings.batch_tokens:,} are {epochs:.2f} epochs\n"
+        f"batch: {sequences} x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
+        f"on {settings.device} in {settings.dtype}"
+    )
 
 
 # The loop
@@ -239,7 +484,7 @@ def train(run: Run) -> bool:
 
 
 def parallelize(run: Run):
-    """The model as the loop calls it: compiled, then data-parallel over the ranks."""
+    """The model as the loop calls it: compiled, then data-parallel. Each rank has all weights."""
     if run.settings.compile == "on":
         run.print("compiling: the first step can take a minute")
         run.model.compile()
@@ -272,7 +517,7 @@ def to_device(windows: np.ndarray, device: torch.device):
 
 @contextlib.contextmanager
 def catch_stop_requests(run: Run):
-    """Ctrl-C and SIGTERM set run.stop_requested inside; after either, Ctrl-C interrupts."""
+    """The first Ctrl-C or SIGTERM asks the loop to stop; a Ctrl-C after it interrupts at once."""
 
     def request(number, frame):
         run.stop_requested = True
@@ -309,7 +554,7 @@ def log_step(run: Run, meter: log.Meter, loss: float, grad_norm: float, learning
 # The optimizers and their schedule
 
 
-def make_optimizers(model: GPT, settings: TrainConfig, ranks: "Ranks") -> list:
+def make_optimizers(model: GPT, settings: TrainConfig, ranks: Ranks) -> list:
     """AdamW (Loshchilov & Hutter 2019), and Muon for the blocks' matrices if asked for."""
     weight_decay, muon, parameters = settings.weight_decay, [], list(model.parameters())
     if settings.optimizer == "muon":
@@ -410,252 +655,6 @@ def validate(run: Run) -> float:
 def bits_per_byte(run: Run) -> float:
     """The validation loss per byte of text, which compares tokenizers; nan without a manifest."""
     return run.val_loss / math.log(2) * run.dataset.tokens_per_byte()
-
-
-# Ranks: one process per device, each with the whole model and its share of the batch
-
-
-@dataclass
-class Ranks:
-    """This process among those that train together."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def min(self, value: int) -> int:
-        """The smallest `value` of all ranks, agreed between CPUs without waiting for a GPU."""
-        if self.world_size == 1:
-            return int(value)
-        smallest = torch.tensor(int(value))
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        return int(smallest)
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
-        return self.min(not flag) == 0
-
-    def split(self, function, batch: torch.Tensor) -> torch.Tensor:
-        """function(batch), of which each rank computes an equal part."""
-        if self.world_size == 1:
-            return function(batch)
-        count = math.ceil(len(batch) / self.world_size)
-        indices = torch.arange(count, device=batch.device) + self.rank * count
-        part = function(batch[indices % len(batch)]).contiguous()  # the last may repeat the first
-        result = part.new_empty(count * self.world_size, *part.shape[1:])
-        dist.all_gather_into_tensor(result, part)
-        return result[: len(batch)]
-
-    def on_rank_0(self, task):
-        """Run `task` on rank 0 while the others wait. If it fails, all end and rank 0 says why."""
-        failure = None
-        if self.rank == 0:
-            try:
-                task()
-            except (Failure, OSError) as error:
-                failure = error
-        if self.any(failure is not None):
-            raise failure or Failure("")
-
-
-@contextlib.contextmanager
-def start_ranks(device_name: str):
-    """Yield this process's Ranks; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in names)
-    device = hardware.find_device(device_name)
-    if device.type == "cuda":
-        needed, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if needed > count:
-            raise Failure(
-                f"{needed} processes need a GPU each, not {count}: lower --nproc_per_node"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if world_size <= 1:
-        yield Ranks(0, 1, device)
-        return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(rank, world_size, device)
-        if device.type == "cpu":
-            dist.barrier()  # a process that ends while gloo's threads still send can be aborted
-    finally:
-        dist.destroy_process_group()
-
-
-# The start of a run
-
-
-def refuse_to_overwrite(settings: TrainConfig):
-    """Raise Failure where a new run would overwrite another."""
-    folder = Path(settings.out_dir)
-    saved = [name for name in ("latest.pt", "best.pt") if (folder / name).exists()]
-    if saved and settings.init_from != "resume" and not settings.overwrite:
-        resume = "continue it: --init_from=resume, " if "latest.pt" in saved else ""
-        others = "keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
-        raise Failure(f"{folder} already has a run; {resume}{others}")
-
-
-def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
-    """Open the dataset; make it first where it is missing and takes seconds. Raises Failure."""
-    folder = Path(settings.data_dir) / settings.dataset
-
-    def prepare_if_missing():
-        if folder.exists():
-            return
-        script = Path(__file__).with_name("prepare_data.py")
-        if settings.dataset not in MADE_WHEN_MISSING:
-            command = f"python prepare_data.py {settings.dataset} (--help names the datasets)"
-            raise Failure(f"{folder} does not exist; make it: {command}")
-        options = [settings.dataset, f"--data_dir={settings.data_dir}"]
-        code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
-        if code:
-            raise Failure(f"the dataset {settings.dataset} could not be made", code)
-
-    ranks.on_rank_0(prepare_if_missing)
-    return Dataset(folder, settings.block_size, settings.tokenizer, settings.split_pattern)
-
-
-def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
-    """The run at its first step, or as its checkpoint left it. Raises Failure."""
-    path = Path(settings.out_dir) / "latest.pt"
-    saved = checkpoint.load(path) if settings.init_from == "resume" else None
-    if saved:
-        check_same_run(saved, settings, dataset)
-    if ranks.device.type == "cpu":
-        hardware.keep_freed_memory()
-    model = build_model(settings, dataset, saved).to(ranks.device)
-    settings = resolve_auto(settings, ranks, model, saved)
-    run = Run(settings, ranks, dataset, model, make_optimizers(model, settings, ranks))
-    if saved and "optimizers" not in saved:
-        raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
-    if saved:
-        for optimizer, state in zip(run.optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
-        run.val_loss, run.val_step = saved["val_loss"], saved.get("val_step", run.step)
-    return run
-
-
-# What may change on resume: names, the schedule, hardware and logging. All else is refused.
-NAMES = (
-    "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
-    "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
-    "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
-    "compile activation_checkpointing"
-)
-MAY_CHANGE = frozenset(NAMES.split())
-
-
-def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
-    """Raise Failure where a checkpoint would not continue as the run it is from.
-
-    How fast and how long a run continues may change; what is `auto` or 0 stays as it was found.
-    """
-    before, differing = saved["settings"], []
-    for field in fields(settings):
-        old, new = before.get(field.name, field.default), getattr(settings, field.name)
-        if field.name not in MAY_CHANGE and old != new:
-            differing.append(f"{field.name} (was {old}, now {new})")
-    tokenizer = checkpoint.restore_tokenizer(saved)
-    if not tokenizer.same_ids(dataset.tokenizer):
-        differing.append(f"tokenizer (was {tokenizer.name}, now {dataset.tokenizer.name})")
-    if saved["dataset"] != dataset.fingerprint():
-        differing.append(f"the files of dataset {settings.dataset} (was {before['dataset']})")
-    if saved["step"] > settings.max_steps:
-        steps = f"is at step {saved['step']}, and max_steps is {settings.max_steps}"
-        raise Failure(f"{settings.out_dir} {steps}")
-    if differing:
-        hint = "set them as they were, or start a new run with another --out_dir"
-        others = ", ".join(differing)
-        raise Failure(f"{settings.out_dir} cannot continue with another {others};\n{hint}")
-
-
-def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | None):
-    """The settings, with `auto` and 0 as the checkpoint has them or as this machine can do."""
-    device = ranks.device.type
-    before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
-    dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
-    if dtype == "auto":
-        can_bf16 = hardware.best_dtype(ranks.device) == "bfloat16"
-        dtype = before.get("dtype") or ("bfloat16" if ranks.min(can_bf16) else "float32")
-    if compiled == "auto":
-        compiled = before.get("compile") or ("on" if hardware.can_compile(ranks.device) else "off")
-    same_memory = before and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
-    checkpointing = before.get("activation_checkpointing")
-    if not size and same_memory and checkpointing == settings.activation_checkpointing:
-        size = before["micro_batch_size"]
-    if not size:
-        share = settings.step_sequences // ranks.world_size
-        size = hardware.fitting_micro_batch_size(model, share, settings.block_size, dtype)
-        size = ranks.min(size)
-    if not size:
-        hint = "try --activation_checkpointing=True or a smaller block_size"
-        raise Failure(f"not one sequence fits this device; {hint}")
-    return replace(settings, device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
-
-
-def build_model(settings: TrainConfig, dataset: Dataset, saved: dict | None) -> GPT:
-    """The model of the checkpoint, of a Hugging Face folder, or a new one. Raises Failure."""
-    if saved:
-        model = checkpoint.restore_model(saved, Path(settings.out_dir) / "latest.pt")
-    elif settings.fine_tunes:
-        model = pretrained_model(settings, dataset)
-    else:
-        shape = {field.name: getattr(settings, field.name) for field in fields(ModelShape)}
-        model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape))
-        model.init_weights(settings.seed)
-    model.activation_checkpointing = settings.activation_checkpointing
-    return model
-
-
-def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
-    """The model to fine-tune. Raises Failure where it does not fit the dataset or the settings."""
-    name, tokens = settings.init_from, dataset.tokenizer
-    model, tokenizer = checkpoint.open_hf(name, settings.dropout)
-    if not tokenizer.same_ids(tokens):
-        hint = f"make it again: python prepare_data.py NAME --source=PATH --tokenizer={name}"
-        reason = f"has the tokenizer {tokens.name}, not the one {name} was trained with"
-        raise Failure(f"dataset {settings.dataset} {reason}; {hint}")
-    if model.config.block_size < settings.block_size:
-        sizes = f"block_size {settings.block_size} exceeds the {model.config.block_size} of {name}"
-        raise Failure(f"{sizes}; lower it")
-    return model
-
-
-def clear_folder(run: Run):
-    """Remove what an earlier run left: all of it, or the log after the step that is resumed."""
-    if run.settings.init_from == "resume":
-        log.cut_metrics(run.folder, run.step)
-        return
-    for name in ("latest.pt", "best.pt", "metrics.jsonl", "loss.png"):
-        (run.folder / name).unlink(missing_ok=True)
-
-
-# What a run prints
-
-
-def describe(run: Run) -> str:
-    """The model, the data and the batch in three lines."""
-    settings, train_tokens = run.settings, run.dataset.train.count_tokens()
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    flops = run.model.flops_per_token(settings.block_size)
-    epochs = settings.max_steps * settings.batch_tokens / train_tokens
-    sequences = f"{settings.micro_batch_size} sequences of {settings.block_size}"
-    return (
-        f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP per token\n"
-        f"data: {train_tokens:,} training tokens of {settings.dataset}; {settings.max_steps:,} "
-        f"steps of {settings.batch_tokens:,} are {epochs:.2f} epochs\n"
-        f"batch: {sequences} x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
-        f"on {settings.device} in {settings.dtype}"
-    )
 
 
 def report(run: Run):

@@ -21,7 +21,6 @@ batch_tokens = 12 * 256
 max_steps = 1600
 optimizer = "muon"
 learning_rate = 8e-3  # small models need far higher rates than large ones
-muon_learning_rate = 8e-3
 muon_momentum = 0.85  # short averages suit a run of few steps
 min_lr = 0.0
 warmup_steps = 400  # induction heads form earlier than with 160 or 800
