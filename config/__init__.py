@@ -48,7 +48,6 @@ def exit_on_failure():
         message, code = str(failure), failure.code
     except BrokenPipeError:  # as of `| head`
         message, code = "", 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second error at exit
     except OSError as error:
         message, code = f"{type(error).__name__}: {error}", INPUT_OUTPUT
     except KeyboardInterrupt:
@@ -64,8 +63,11 @@ def exit_on_failure():
 
 def end_process(code: int):
     """Exit. Under torchrun without Python's clean-up, in which threads of gloo can abort a rank."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    try:
         sys.stdout.flush()
+    except OSError:  # a closed pipe or a full disk: Python would print a second error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         os._exit(code)
     sys.exit(code)
 

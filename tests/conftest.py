@@ -15,16 +15,22 @@ import torch
 import config
 import prepare_data
 import train
+from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # the models here are so small that two threads would wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` may have it ignored
 
 ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"  # written by groundup 0.1
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 KINDS = {  # options of tiny runs: one of each architecture and optimizer
     "gpt2": [],
     "qwen3": ["--arch=qwen3", "--n_kv_head=1", "--tie_embeddings=False", "--optimizer=muon"],
 }
+SIZES = dict(vocab_size=97, block_size=24, n_layer=2, n_head=2, n_embd=32)
+QWEN3 = dict(arch="qwen3", n_head=4, n_kv_head=2, head_size=16, intermediate_size=40)
+UNTIED = QWEN3 | dict(tie_embeddings=False)
+SHAPES = {"gpt2": {}, "unbiased": dict(bias=False), "tied": QWEN3, "untied": UNTIED}
 
 
 def pytest_collection_modifyitems(items):
@@ -33,15 +39,59 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+def make_model(**changes) -> GPT:
+    """A model whose weights are larger than fresh ones, so that no difference hides."""
+    model, generator = GPT(GPTConfig(**SIZES | changes)), torch.Generator().manual_seed(0)
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def random_tokens(*shape) -> torch.Tensor:
+    return torch.randint(97, shape, generator=torch.Generator().manual_seed(1))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_texts(path: Path, texts, field: str = "text") -> Path:
+    """A file of JSON, a document per line."""
+    return write(path, "".join(json.dumps({field: text}) + "\n" for text in texts))
+
+
+def refused(message: str, function, *arguments, code=config.BAD_INPUT, **options):
+    """Assert that the call raises a Failure with this message and code, in at most three lines."""
+    with pytest.raises(config.Failure, match=message) as failure:
+        function(*arguments, **options)
+    assert failure.value.code == code and str(failure.value).count("\n") < 3
+    return str(failure.value)
+
+
+@contextlib.contextmanager
+def full_disk(max_bytes: int):
+    """No file can grow beyond max_bytes, as if the disk were full."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """Forty documents that a model can learn something from in a few steps."""
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for n in range(1, 41):
-            pairs = [f"{n * k % 97} comes before {n * k % 97 + 1}." for k in range(60)]
-            file.write(json.dumps({"text": f"Chapter {n}. " + " ".join(pairs)}) + "\n")
-    return path
+    texts = []
+    for n in range(1, 41):
+        pairs = [f"{n * k % 97} comes before {n * k % 97 + 1}." for k in range(60)]
+        texts.append(f"Chapter {n}. " + " ".join(pairs))
+    return write_texts(tmp_path_factory.mktemp("text") / "text.jsonl", texts)
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +102,15 @@ def data_dir(text_file) -> Path:
     arguments = [*options, "--processes=1", f"--data_dir={folder}"]
     prepare_data.main(config.load(prepare_data.PrepareConfig, arguments, positional="name"))
     return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, data_dir, tmp_path_factory) -> Path:
+    """A folder of runs with one tiny model in it, of each kind in turn. Tests leave it as it is."""
+    out_dir = tmp_path_factory.mktemp("out")
+    result = tiny_run(data_dir, out_dir / "tiny", *KINDS[request.param])
+    assert result.returncode == 0, result.stderr
+    return out_dir
 
 
 def run(*command, cwd=ROOT, processes=1, **environment):
@@ -104,9 +163,7 @@ def tiny_run(data_dir: Path, out_dir: Path, *options, processes=1):
 
 
 def metrics(out_dir: Path, *keys) -> list[tuple]:
-    """The values of `keys` in each line of metrics.jsonl that has them all, but for one that is
-    being written.
-    """
+    """The values of `keys` in each complete line of metrics.jsonl that has them all."""
     lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [tuple(record[key] for key in keys) for record in records if {*keys} <= record.keys()]

@@ -2,20 +2,17 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import KINDS, metrics, run_inside, tiny_run
+from conftest import FIXTURES, KINDS, metrics, refused, run_inside, tiny_run
 
 import checkpoint
 import evaluate
 import prepare_data
 import sample
-from config import Failure
 from dataset import Dataset, read_manifest
 
-FIXTURES = Path(__file__).parent / "fixtures"
 LOSSES = {  # training losses of steps 5 to 8, as the old code continued
     "gpt2": [5.4554595947265625, 5.381882667541504, 5.31976318359375, 5.312216758728027],
     "qwen3": [5.578086853027344, 5.517704486846924, 5.490918159484863, 5.456747055053711],
@@ -78,9 +75,9 @@ def test_the_shards_are_those_that_are_made_today(tmp_path):
 def test_files_of_a_newer_version_are_refused(tmp_path):
     manifest = json.loads((FIXTURES / "dataset" / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 7}))
-    with pytest.raises(Failure, match="has format_version 7; this version reads 1"):
-        read_manifest(tmp_path)
+    refused("has format_version 7; this version reads 1", read_manifest, tmp_path)
     state = checkpoint.load(FIXTURES / "gpt2.pt")
     checkpoint.save(tmp_path / "new.pt", state | {"format_version": 7})
-    with pytest.raises(Failure, match="has format_version 7; this version reads 1"):
-        checkpoint.load(tmp_path / "new.pt")
+    refused(
+        "has format_version 7; this version reads 1", checkpoint.load, tmp_path / "new.pt", code=4
+    )

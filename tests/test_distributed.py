@@ -6,10 +6,7 @@ import torch
 from conftest import KINDS, ROOT, metrics, run, tiny_arguments, tiny_run
 
 import checkpoint
-import train
 from config import NOT_FINITE
-from dataset import Dataset
-from model import GPT, GPTConfig
 
 
 def losses(out_dir) -> list[tuple]:
@@ -31,24 +28,13 @@ def test_several_ranks_equal_one_and_a_run_may_change_their_number(data_dir, tmp
     torch.testing.assert_close(left, right, atol=1e-4, rtol=0)
 
 
-def test_each_rank_validates_its_share(data_dir, monkeypatch):
-    scored = []
-    monkeypatch.setattr(train.Ranks, "sum", lambda _, sums: scored.append(int(sums[1])) or sums)
-    settings = train.TrainConfig(block_size=32, micro_batch_size=4, eval_tokens=1000, device="cpu")
-    model, dataset = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8)), Dataset(data_dir / "tiny", 32)
-    for rank in (0, 1):
-        ranks = train.Ranks(rank, 2, torch.device("cpu"))
-        train.validate(train.Run(settings, ranks, dataset, model, []))
-    assert scored == [16 * 32, 15 * 32]
+FAILURES = [  # of all ranks, and of rank 0 alone
+    ("--batch_tokens=64", "a multiple of 128: block_size 32 x 2 ranks x micro_batch_size 2"),
+    ("--dataset=nothing", "python prepare_data.py nothing"),
+]
 
 
-@pytest.mark.parametrize(
-    "option, message",
-    [
-        ("--batch_tokens=64", "a multiple of 128: block_size 32 x 2 ranks x micro_batch_size 2"),
-        ("--dataset=nothing", "python prepare_data.py nothing"),  # found by rank 0 alone
-    ],
-)
+@pytest.mark.parametrize("option, message", FAILURES)
 def test_a_failure_is_printed_once(data_dir, tmp_path, option, message):
     result = tiny_run(data_dir, tmp_path / "run", option, processes=2)
     assert result.stderr.count(message) == 1 and "train.py, rank 1:" not in result.stderr

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import config
 import evaluate
@@ -13,7 +14,6 @@ import prepare_data
 import sample
 import train
 
-ROOT = Path(__file__).parent.parent
 MODULES = [*sorted(ROOT.glob("*.py")), ROOT / "config" / "__init__.py"]
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in MODULES}
 TREES = {name.removesuffix(".py"): ast.parse(source) for name, source in SOURCES.items()}

@@ -7,24 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, run_inside, tiny_run
-from test_model import QWEN3, make_model
+from conftest import QWEN3, make_model, run_inside
 
 import checkpoint
 import evaluate
 import prepare_data
 import sample
-from evaluate import EvaluateConfig, Score, ratio, score, summarize, windows_of
+from evaluate import EvaluateConfig, Score, score, summarize, windows_of
 
 shapes = pytest.mark.parametrize("shape", [{}, QWEN3], ids=["gpt2", "qwen3"])
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def trained(request, data_dir, tmp_path_factory):
-    """A folder of runs with one tiny model in it, of each architecture in turn."""
-    out_dir = tmp_path_factory.mktemp("out")
-    assert tiny_run(data_dir, out_dir / "tiny", *KINDS[request.param]).returncode == 0
-    return out_dir
 
 
 def evaluated(out_dir, text, *options):
@@ -100,15 +91,6 @@ def test_figures_and_their_errors():
     assert result["bits_per_byte"][0] == pytest.approx(150 / 120 / math.log(2))
     assert [document["where"] for document in result["worst"]] == ["10", "20", "30"]
     assert summarize([Score("", 10, 10, 10.0)])["nats_per_token"] == (1.0, None)
-
-
-def test_a_standard_error_is_the_spread_of_repeated_draws():
-    generator, results = np.random.default_rng(0), []
-    for _ in range(400):
-        sizes = generator.integers(5, 100, 60)
-        results.append(ratio(sizes * (3 + generator.normal(size=60)), sizes))
-    means, errors = np.array(results).T
-    assert np.std(means) == pytest.approx(np.mean(errors), rel=0.15)
 
 
 def test_text_and_datasets_are_scored_alike(trained, data_dir, text_file):

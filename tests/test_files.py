@@ -5,30 +5,18 @@ import hashlib
 import http.server
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
+from conftest import refused, run
 
 import files
-from config import BAD_INPUT, IN_USE, INPUT_OUTPUT, Failure
+from config import IN_USE, INPUT_OUTPUT, Failure
 
-ROOT = Path(__file__).parent.parent
 BODY = b"to be or not to be" * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()
 COMMIT = "a" * 40
-
-
-def test_mix64_is_splitmix64_and_keeps_the_shape():
-    """The first numbers of the generator with seed 1234567, as its authors publish them."""
-    states = np.uint64(1234567) + np.arange(2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert files.mix64(states).tolist() == [6457827717110365317, 3203168211198807973]
-    table = np.arange(6, dtype=np.uint64).reshape(2, 3)
-    assert files.mix64(table).shape == (2, 3) and files.mix64(table).dtype == np.uint64
-    assert files.mix64(table)[1, 2] == files.mix64(np.uint64(5))
 
 
 def test_json_survives_its_file_and_bad_json_is_a_failure(tmp_path, monkeypatch):
@@ -37,13 +25,10 @@ def test_json_survives_its_file_and_bad_json_is_a_failure(tmp_path, monkeypatch)
     assert files.read_json(path) == {"name": "né", "list": [1, 2.5, None]}
     for content in ("{", "[" * 100_000, "[1]", "3", "\ud800", '{"a": 1'):
         path.write_bytes(content.encode(errors="surrogatepass"))
-        with pytest.raises(Failure, match="x.json") as failure:
-            files.read_json(path)
-        assert failure.value.code == BAD_INPUT and "\n" not in str(failure.value)
+        refused("x.json", files.read_json, path)
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
     path.write_text('{"a": 100000}')
-    with pytest.raises(Failure, match="x.json has 13 bytes, more than the 10"):
-        files.read_json(path)
+    refused("x.json has 13 bytes, more than the 10", files.read_json, path)
     with pytest.raises(FileNotFoundError):
         files.read_json(tmp_path / "none.json")
 
@@ -63,10 +48,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_lock_has_one_holder(tmp_path, capsys):
     path = tmp_path / "run" / "lock"
-    with files.locked(path, "busy"):
-        with pytest.raises(Failure, match="busy") as failure, files.locked(path, "busy"):
-            pass
-        assert failure.value.code == IN_USE
     entered = threading.Event()
 
     def wait():
@@ -74,9 +55,12 @@ def test_a_lock_has_one_holder(tmp_path, capsys):
             entered.set()
 
     with files.locked(path, "busy"):
+        with pytest.raises(Failure, match="busy") as failure, files.locked(path, "busy"):
+            pass
+        assert failure.value.code == IN_USE
         thread = threading.Thread(target=wait)
         thread.start()
-        assert not entered.wait(0.5)
+        assert not entered.wait(0.3)
     thread.join(10)
     assert entered.is_set() and capsys.readouterr().out.count("waiting for another process") == 1
 
@@ -112,35 +96,30 @@ def server():
 
 def test_fetch_brings_a_file_once(tmp_path, server):
     path = tmp_path / "new" / "f"
+    arguments = f"{server.url}/f", path, SHA256, len(BODY)
     for _ in range(2):
-        assert files.fetch(f"{server.url}/f", path, SHA256, len(BODY)) == path
+        assert files.fetch(*arguments) == path
     assert path.read_bytes() == BODY and server.requests == ["/f"]
     assert os.listdir(path.parent) == ["f"]
     path.write_bytes(b"other")
-    with pytest.raises(Failure, match=f"f does not have SHA-256 {SHA256}; delete it"):
-        files.fetch(f"{server.url}/f", path, SHA256, len(BODY))
+    refused(f"f does not have SHA-256 {SHA256}; delete it", files.fetch, *arguments)
 
 
-@pytest.mark.parametrize(
-    "answer, max_bytes, message",
-    [
-        ((200, BODY[:-1] + b"x"), len(BODY), "it has SHA-256"),
-        ((200, BODY), len(BODY) - 1, "it has more than 89,999 bytes"),
-        ((500, BODY), len(BODY), "500 Server Error"),
-        (None, len(BODY), "Connection"),
-    ],
-)
-def test_a_failed_fetch_leaves_nothing_and_says_what_to_do(
-    tmp_path, server, answer, max_bytes, message
-):
-    url = f"{server.url}/f"
-    if answer is None:
-        url = "http://127.0.0.1:9/f"  # nobody listens
+ANSWERS = [
+    ((200, BODY[:-1] + b"x"), "it has SHA-256"),
+    ((200, BODY + b"x"), "it has more than 90,000 bytes"),
+    ((500, BODY), "500 Server Error"),
+    (None, "Connection"),
+]
+
+
+@pytest.mark.parametrize("answer, message", ANSWERS)
+def test_a_failed_fetch_leaves_nothing_and_says_what_to_do(tmp_path, server, answer, message):
     server.answers["/f"] = answer
-    with pytest.raises(Failure, match=message) as failure:
-        files.fetch(url, tmp_path / "f", SHA256, max_bytes)
-    assert failure.value.code == INPUT_OUTPUT and "\n" not in str(failure.value)
-    assert all(part in str(failure.value) for part in (url, str(tmp_path / "f"), SHA256))
+    url = f"{server.url if answer else 'http://127.0.0.1:9'}/f"  # there, nobody listens
+    arguments = url, tmp_path / "f", SHA256, len(BODY)
+    error = refused(message, files.fetch, *arguments, code=INPUT_OUTPUT)
+    assert all(str(part) in error for part in arguments[:3])
     assert os.listdir(tmp_path) == []
 
 
@@ -153,31 +132,26 @@ def test_names_of_models_on_the_hub():
 
 
 def test_a_local_folder_is_complete_or_refused(tmp_path):
-    def is_complete(folder):
-        return (folder / "a").exists()
-
-    with pytest.raises(Failure, match="is incomplete: a model's folder holds a, b"):
-        files.model_folder(str(tmp_path), ["a", "b"], is_complete)
-    (tmp_path / "a").touch()
-    assert files.model_folder(str(tmp_path), ["a", "b"], is_complete) == tmp_path
-    with pytest.raises(Failure, match="typo is neither a folder nor OWNER/NAME"):
-        files.model_folder("typo", ["a", "b"], is_complete)
+    is_complete = Path.is_file
+    for name, message in ((tmp_path, "is incomplete: .* holds a, b"), ("typo", "neither a folder")):
+        refused(message, files.model_folder, str(name), ["a", "b"], is_complete)
 
 
-def hub(tmp_path, endpoint: str, folder: str | None = None) -> str:
+HUB = """
+import sys, files
+folder, complete = sys.argv[1] or None, lambda folder: (folder / "config.json").exists()
+try:
+    folder = folder and files.Path(folder)
+    print(files.hub_snapshot("me/tiny", ["*.json"], complete, folder=folder))
+except files.Failure as failure:
+    print(failure.code, failure)
+"""
+
+
+def hub(tmp_path, endpoint: str, folder="") -> str:
     """Call hub_snapshot in a process of its own, as the library reads its variables at import."""
     pytest.importorskip("huggingface_hub")
-    code = (
-        "import sys, files, pathlib\n"
-        "folder = pathlib.Path(sys.argv[1]) if sys.argv[1] else None\n"
-        "complete = lambda f: (f / 'config.json').exists()\n"
-        "try: print(files.hub_snapshot('me/tiny', ['*.json'], complete, folder=folder))\n"
-        "except files.Failure as failure: print(failure.code, failure)\n"
-    )
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint}
-    command = [sys.executable, "-c", code, folder or ""]
-    options = dict(cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-    result = subprocess.run(command, **options)
+    result = run("-c", HUB, folder, HF_HOME=f"{tmp_path}/home", HF_ENDPOINT=endpoint)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -209,7 +183,7 @@ def test_what_the_cache_holds_needs_no_request(tmp_path, server):
 
 @pytest.mark.parametrize("is_local", [False, True])
 def test_a_snapshot_arrives_verified_and_once(tmp_path, server, is_local):
-    folder = str(tmp_path / "folder") if is_local else None
+    folder = tmp_path / "folder" if is_local else ""
     serve_repo(server, {"config.json": b'{"a": 1}', "weights.bin": b"pickle"})
     path = f"/me/tiny/resolve/{COMMIT}/config.json"
     server.answers[path] = (200, b'{"a": 2}')

@@ -9,7 +9,6 @@ import random
 import re
 import subprocess
 import sys
-import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -17,16 +16,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import refused, write
 
 import readers
-from config import BAD_INPUT, INPUT_OUTPUT, Failure
-from readers import Reader, Tally
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
+from config import BAD_INPUT, INPUT_OUTPUT
+from readers import Reader
 
 
 def write_parquet(path: Path, texts, name: str = "text") -> Path:
@@ -50,13 +44,7 @@ def skipped(source, **options) -> Counter:
 
 
 def fails(message: str, source, code: int = BAD_INPUT, **options) -> str:
-    with pytest.raises(Failure, match=message) as failure:
-        read(source, **options)
-    assert failure.value.code == code and len(str(failure.value).splitlines()) <= 3
-    return str(failure.value)
-
-
-# ---- which files
+    return refused(message, read, source, code=code, **options)
 
 
 def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
@@ -68,34 +56,31 @@ def test_a_folder_is_read_in_order_without_hidden_files(tmp_path):
     assert reader.done == reader.total == sum(map(len, visible))
 
 
-@pytest.mark.parametrize(
-    "sources, expected",
-    [
-        ("a.txt", "a.txt"),
-        ("b.txt,a.txt", "b.txt a.txt"),
-        ("b.txt,,*.txt,b.txt,.", "b.txt [1].txt a.txt one,two.txt q/a.txt q/r/b.txt"),
-        ("?.txt,q/*", "a.txt b.txt q/a.txt q/r/b.txt"),
-        ("**/a.txt", "a.txt q/a.txt"),
-        ("q/**", "q/a.txt q/r/b.txt"),
-        ("one,two.txt", "one,two.txt"),
-        ("[1].txt", "[1].txt"),
-        ("q/.r/*,.a.txt", "q/.r/a.txt .a.txt"),
-        ("~/a.txt,~/q", "a.txt q/a.txt q/r/b.txt"),
-    ],
-)
-def test_patterns_name_each_file_once_and_in_order(tmp_path, monkeypatch, sources, expected):
+PATTERNS = [
+    ("b.txt,a.txt", "b.txt a.txt"),
+    ("b.txt,,*.txt,b.txt,.", "b.txt [1].txt a.txt one,two.txt q/a.txt q/r/b.txt"),
+    ("**/a.txt", "a.txt q/a.txt"),
+    ("q/**", "q/a.txt q/r/b.txt"),
+    ("one,two.txt", "one,two.txt"),
+    ("[1].txt", "[1].txt"),
+    ("q/.r/*,.a.txt", "q/.r/a.txt .a.txt"),
+    ("~/a.txt,~/q", "a.txt q/a.txt q/r/b.txt"),
+]
+MISSING = ["none.txt", "*.none", "a.txt,none", "empty", "~no-user/a.txt", "**.none"]
+
+
+def test_patterns_name_each_file_once_and_in_order(tmp_path, monkeypatch):
     visible = ("a.txt", "b.txt", "one,two.txt", "[1].txt", "q/a.txt", "q/r/b.txt")
     for name in (*visible, ".a.txt", "q/.r/a.txt"):
         write(tmp_path / name, name)
+    (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert read(sources) == expected.split()
-
-
-def test_a_list_may_be_longer_than_a_file_name(tmp_path):
-    files = [write(tmp_path / f"file {number}.txt", str(number)) for number in range(50)]
-    expected = [(str(number), str(path)) for number, path in enumerate(files)]
-    assert list(Reader(",".join(map(str, files)))) == list(Reader(files)) == expected
+    for sources, expected in PATTERNS:
+        assert read(sources) == expected.split()
+    for sources in MISSING:
+        missing = re.escape(sources.split(",")[-1])
+        fails(f"--source={missing}: no such file", sources, on_error="skip")
 
 
 def test_standard_input_is_a_source(monkeypatch):
@@ -122,32 +107,14 @@ def test_links_in_a_folder_are_not_followed(tmp_path):
     assert skipped(folder / "link[35]") == {"unreadable": 1}
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["none.txt", "*.none", "a.txt,none", "**/none/*", "empty", "~no-user/a.txt", "**.none"],
-)
-def test_missing_files_are_refused(tmp_path, monkeypatch, source):
-    write(tmp_path / "a.txt", "text")
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    missing = re.escape(source.split(",")[-1])
-    fails(f"--source={missing}: no such file", source)
-    fails(f"--source={missing}: no such file", source, on_error="skip")
-
-
 def test_a_file_that_cannot_be_opened_is_refused_or_skipped(tmp_path):
     for name in "ab":
         write(tmp_path / name, name)
     strict, lenient = Reader(str(tmp_path)), Reader(str(tmp_path), on_error="skip")
     (tmp_path / "a").unlink()
-    with pytest.raises(Failure, match="a: No such file.*--on_error=skip") as failure:
-        list(strict)
-    assert failure.value.code == INPUT_OUTPUT
+    refused("a: No such file.*--on_error=skip", list, strict, code=INPUT_OUTPUT)
     assert list(lenient) == [("b", str(tmp_path / "b"))]
     assert lenient.tally.documents == {"unreadable": 1}
-
-
-# ---- formats
 
 
 def zst(data: bytes) -> bytes:
@@ -181,48 +148,36 @@ def test_each_format_is_read_in_each_compression(tmp_path, suffix):
     assert read(write(tmp_path / f"joined{suffix}", joined)) == ["two parts one after another"]
 
 
-@pytest.mark.parametrize(
-    "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary("int32", "string")]
-)
-def test_parquet_is_read_through_all_row_groups(tmp_path, kind):
+def test_parquet_is_read_through_all_row_groups(tmp_path):
     texts = [f"text {number} é" for number in range(7)]
-    path = write_parquet(tmp_path / "a.parquet", pyarrow.array(texts).cast(kind))
-    assert list(Reader(str(path))) == [(text, f"{path}:{n}") for n, text in enumerate(texts, 1)]
-    path = write_parquet(tmp_path / "b.bin", texts, "body")
-    assert read(path, format="parquet", text_field="body") == texts
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary("int32", "string")):
+        path = write_parquet(tmp_path / "a.parquet", pyarrow.array(texts).cast(kind))
+        assert list(Reader(str(path))) == [(text, f"{path}:{n}") for n, text in enumerate(texts, 1)]
 
 
 def test_the_format_setting_overrides_the_name(tmp_path):
     lines, table = json_lines(ROWS, "body"), CSV.replace("text", "body")
-    for name, text in (("a.txt", lines), ("b.csv", lines), ("c.jsonl", table)):
-        write(tmp_path / name, text)
-        assert read(tmp_path / name, format="text") == [text]
-        file_format = "csv" if text is table else "jsonl"
-        assert read(tmp_path / name, format=file_format, text_field="body") == ROWS
-
-
-def test_a_json_file_that_is_named_needs_a_format(tmp_path):
-    path = write(tmp_path / "a.json", json_lines(ROWS))
+    for name, file_format, text in (("b.csv", "jsonl", lines), ("c.jsonl", "csv", table)):
+        path = write(tmp_path / name, text)
+        assert read(path, format="text") == [text]
+        assert read(path, format=file_format, text_field="body") == ROWS
+    path = write(tmp_path / "x" / "a.json", lines)
     fails("a.json may hold one document or many; add --format=jsonl .* or --format=text", path)
-    assert read(path, format="jsonl") == ROWS and read(path, format="text") == [json_lines(ROWS)]
-    assert read(tmp_path) == [json_lines(ROWS)]  # in a folder it is a text
+    assert read(path.parent) == [lines]  # in a folder it is a text
 
 
-@pytest.mark.parametrize("end", ["", "<|endoftext|>", "<|endoftext|>\n"])
-def test_a_separator_splits_a_file_into_documents(tmp_path, end):
+def test_a_separator_splits_a_file_into_documents(tmp_path):
     documents = ["Once.\n\nMore <|endoftext|> here.\n", "Twice.\n"]
     separators = "<|endoftext|>\r\n <|endoftext|> \n"
-    text = "<|endoftext|>\n" + documents[0] + separators + documents[1] + end
-    path = write(tmp_path / "a.txt", text)
-    assert read(path, separator="<|endoftext|>") == documents and read(path) == [text]
+    for end in ("", "<|endoftext|>", "<|endoftext|>\n"):
+        text = "<|endoftext|>\n" + documents[0] + separators + documents[1] + end
+        path = write(tmp_path / "a.txt", text)
+        assert read(path, separator="<|endoftext|>") == documents and read(path) == [text]
 
-
-# ---- encodings
 
 ENCODINGS = [  # the encoding, its byte-order mark, bytes that are no character in it
     ("utf-8", b"", b"\xff"),
-    ("utf-8", b"", b"\xe6\x97"),  # half a character
-    ("utf-8", codecs.BOM_UTF8, b"\xff"),
+    ("utf-8", codecs.BOM_UTF8, b"\xe6\x97"),  # half a character
     ("utf-16-le", codecs.BOM_UTF16_LE, b"\x00\xdc"),
     ("utf-16-be", codecs.BOM_UTF16_BE, b"\xdc\x00"),
     ("utf-32-le", codecs.BOM_UTF32_LE, b"\xff" * 4),
@@ -230,25 +185,20 @@ ENCODINGS = [  # the encoding, its byte-order mark, bytes that are no character 
 ]
 
 
-@pytest.mark.parametrize("encoding, mark, _", ENCODINGS)
-def test_text_is_the_same_wherever_blocks_end(tmp_path, monkeypatch, encoding, mark, _):
+@pytest.mark.parametrize("encoding, mark, bad", ENCODINGS)
+def test_each_encoding_is_read_or_refused_wherever_blocks_end(
+    tmp_path, monkeypatch, encoding, mark, bad
+):
     text = "plain é 日本 😀\r\nx" * 3
-    path = write(tmp_path / "a.txt", mark + text.encode(encoding))
     for size in range(5, 20):
         monkeypatch.setattr(readers, "BLOCK_BYTES", size)
-        assert read(path) == [text]
-
-
-@pytest.mark.parametrize("encoding, mark, bad", ENCODINGS)
-def test_invalid_bytes_are_refused_by_position(tmp_path, monkeypatch, encoding, mark, bad):
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 16)
+        assert read(write(tmp_path / "a.txt", mark + text.encode(encoding))) == [text]
     for before in range(20):
         good = mark + ("é" * before).encode(encoding)
-        for after in ("", "xyz"):
-            path = write(tmp_path / "a.txt", good + bad + after.encode(encoding))
-            message = fails(f"a.txt: not {encoding} text: .*--on_error=skip", path)
-            assert int(re.search(r"at byte (\d+);", message)[1]) == len(good)
-            assert skipped(path) == {"invalid bytes": 1} and read(path, on_error="skip") == []
+        path = write(tmp_path / "a.txt", good + bad + b"xyz" * (before % 2))
+        message = fails(f"a.txt: not {encoding} text: .*--on_error=skip", path)
+        assert int(re.search(r"at byte (\d+);", message)[1]) == len(good)
+        assert skipped(path) == {"invalid bytes": 1} and read(path, on_error="skip") == []
 
 
 def test_binary_files_are_refused_if_named_and_counted_in_a_folder(tmp_path):
@@ -262,21 +212,17 @@ def test_binary_files_are_refused_if_named_and_counted_in_a_folder(tmp_path):
     fails("is binary", write(tmp_path / "a.txt", "without a mark".encode("utf-16-le")))
 
 
-# ---- long texts
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "separated"])
 def test_a_long_text_becomes_several_documents(tmp_path, monkeypatch, name):
     monkeypatch.setattr(readers, "DOCUMENT_CHARACTERS", 100)
     monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
     generator = random.Random(0)
-    for length in (0, 1, 99, 100, 101, 102, 200, 201, 1777):
+    for length in (0, 1, 99, 100, 101, 200, 1777):
         text = "".join(generator.choices("aé日    \n", k=length))
         path = write(tmp_path / name, json_lines([text]) if name == "a.jsonl" else text)
         pieces = read(path, separator="---" if name == "separated" else "")
         assert "".join(pieces) == text and max(map(len, pieces), default=0) <= 100
         assert all(piece[-1] in " \n" and len(piece) > 50 for piece in pieces[:-1])
-        assert all(pieces) or text == ""
     path = write(tmp_path / "a.txt", "white space early on does not count " + "日" * 314)
     assert [len(piece) for piece in read(path)] == [100, 100, 100, 50]
 
@@ -290,20 +236,6 @@ def test_a_line_that_is_too_long_is_refused(tmp_path, monkeypatch, name):
     path = write(tmp_path / name, good + good.splitlines()[-1].replace("x", "xx") + "\n")
     fails("a line of more than 1,000 characters", path)
     assert skipped(path) == {"damaged file": 1}
-
-
-@pytest.mark.parametrize("line", [b"words " * 7_000_000, b"w" * 42_000_000], ids=["spaces", "none"])
-def test_a_huge_line_takes_little_memory(tmp_path, line):
-    path = write(tmp_path / "a.txt.gz", gzip.compress(line, 1))
-    tracemalloc.start()
-    try:
-        assert sum(len(text) for text, _ in Reader(str(path))) == len(line)
-        assert tracemalloc.get_traced_memory()[1] < 25e6
-    finally:
-        tracemalloc.stop()
-
-
-# ---- bad input
 
 
 def parquet(data: bytes) -> bytes:
@@ -321,14 +253,11 @@ DAMAGE = [
 NO_TEXT = "no text in field 'text' (--text_field); its fields:"
 BAD = [  # a file, the message, what is counted
     ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl:3: not JSON", {"broken line": 1}),
-    ("a.jsonl", b"\xef\xbb\xbfnothing\n", "a.jsonl:1: not JSON", {"broken line": 1}),
     ("a.jsonl", b"[" * 100_000 + b"\n{}}\n", "a.jsonl:1: not JSON", {"broken line": 2}),
-    ("a.jsonl", b"1" * 5000, "a.jsonl:1: not JSON", {"broken line": 1}),
     ("a.jsonl", b'{"b": "x", "n": 1}\n', f"a.jsonl:1: {NO_TEXT} b, n", {"missing field": 1}),
     ("a.jsonl", b'[1]\n3\nnull\n"x"\n', f"a.jsonl:1: {NO_TEXT} none", {"missing field": 4}),
     ("a.jsonl", b'{"text": 3}\n{"text": ["x"]}', f"a.jsonl:1: {NO_TEXT}", {"missing field": 2}),
     ("a.csv", b"b,n\nx,1,2\n", f"a.csv:2: {NO_TEXT} b, n, None", {"missing field": 1}),
-    ("a.csv", b"n,text\n1\n", f"a.csv:2: {NO_TEXT}", {"missing field": 1}),
     ("a.csv", b'text,n\n"a"b,1\nx,2\n', "a.csv:2: not CSV", {"broken line": 1}),
     ("a.csv", b'text,n\nx,1\n"a,2\ny,3\n', "not CSV: unexpected end", {"broken line": 1}),
 ]
@@ -364,20 +293,8 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     assert read(write(tmp_path / "a.jsonl", lines)) == ["a?b", "😀", "?"]
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
-def test_a_missing_library_is_named(tmp_path, monkeypatch, name):
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    fails("needs pyarrow: pip install pyarrow", write(tmp_path / name, b"text"))
-
-
-def test_a_tally_adds_counts_and_keeps_three_examples_of_each_reason():
-    tally, other = Tally(), Tally()
-    for number in range(2):
-        tally.drop("short", f"a:{number}", "é")
-        other.drop("short", f"b:{number}", "x" * 1000)
-    other.lines["boilerplate_lines"] = 3
-    tally.add(other)
-    assert tally.documents == {"short": 4} and tally.bytes == {"short": 2004}
-    assert tally.lines == {"boilerplate_lines": 3}
-    assert tally.examples == {"short": [("a:0", "é"), ("a:1", "é"), ("b:0", "x" * 300)]}
+    for name in ("a.parquet", "a.txt.zst"):
+        fails("needs pyarrow: pip install pyarrow", write(tmp_path / name, b"text"))

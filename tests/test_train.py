@@ -9,17 +9,18 @@ import sys
 import time
 from dataclasses import replace
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, ONE_THREAD, ROOT, metrics, tiny_arguments, tiny_run
+from conftest import FIXTURES, KINDS, UNTIED, full_disk, make_model, metrics, refused, tiny_run
 
 import checkpoint
 import files
 import hardware
 import hf
 import train
-from config import IN_USE, INPUT_OUTPUT, NO_CHECKPOINT, NOT_FINITE, Failure
+from config import IN_USE, INPUT_OUTPUT, NO_CHECKPOINT, NOT_FINITE
 from dataset import Dataset, window_order
 from model import GPT, GPTConfig
 from tokenizer_files import load_tokenizer, save_hf_tokenizer
@@ -27,6 +28,8 @@ from train import TrainConfig
 
 ALONE = train.Ranks(0, 1, torch.device("cpu"))
 RESUME = "--init_from=resume"
+FINE_TUNE = ["--n_layer=12", "--n_head=12", "--n_embd=768"]  # the defaults, so none is chosen
+shapes = pytest.mark.parametrize("shape", [{}, UNTIED], ids=["gpt2", "qwen3"])
 
 
 def weights(out_dir, name="latest.pt") -> dict:
@@ -37,14 +40,6 @@ def same(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def small_model(arch: str, **changes) -> GPT:
-    shape = dict(n_kv_head=1, tie_embeddings=False) if arch == "qwen3" else {}
-    shape |= dict(vocab_size=257, block_size=8, n_layer=2, n_head=2, n_embd=16) | changes
-    model = GPT(GPTConfig(arch, **shape))
-    model.init_weights(5)
-    return model
-
-
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
     """The folder and the output of an uninterrupted run. Tests leave it as it is."""
@@ -52,9 +47,6 @@ def finished(data_dir, tmp_path_factory):
     result = tiny_run(data_dir, out_dir, "--sample_prompt=Chapter")
     assert result.returncode == 0, result.stderr
     return out_dir, result.stdout
-
-
-# The optimizers and their schedule
 
 
 def test_the_learning_rate_warms_up_and_decays():
@@ -76,16 +68,16 @@ def test_each_optimizer_has_its_learning_rate():
     for muon_learning_rate, wanted in ((0.0, 1.0), (3.0, 1.5)):
         rates = dict(learning_rate=2.0, muon_learning_rate=muon_learning_rate, warmup_steps=4)
         settings = TrainConfig(optimizer="muon", **rates)
-        optimizers = train.make_optimizers(small_model("qwen3"), settings, ALONE)
+        optimizers = train.make_optimizers(make_model(**UNTIED), settings, ALONE)
         assert train.set_learning_rates(train.Run(settings, ALONE, None, None, optimizers), 1) == 1
         found = [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers]
         assert found == [{1.0}, {wanted}]
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@shapes
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_every_weight_has_one_optimizer_and_matrices_decay(arch, kind):
-    model = small_model(arch)
+def test_every_weight_has_one_optimizer_and_matrices_decay(shape, kind):
+    model = make_model(**shape)
     settings = TrainConfig(optimizer=kind, weight_decay=0.3, beta1=0.8, beta2=0.9)
     optimizers = train.make_optimizers(model, settings, ALONE)
     assert optimizers[0].defaults["betas"] == (0.8, 0.9)
@@ -124,9 +116,6 @@ def test_a_step_is_that_of_the_plain_optimizer(data_dir, tmp_path):
         assert is_close[gradient.abs() > 1e-6].all(), name
 
 
-# A run
-
-
 def test_a_run_learns_and_leaves_what_it_promises(finished, data_dir):
     out_dir, printed = finished
     assert {path.name for path in out_dir.iterdir()} >= {"latest.pt", "metrics.jsonl", "lock"}
@@ -161,14 +150,12 @@ def test_validation_is_the_mean_over_its_windows(finished, data_dir):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_and_activation_checkpointing(data_dir, tmp_path, kind):
     """Dropout depends on the seed and the step alone, so checkpointing changes nothing."""
-    seeds, found = [], []
-    for option in ("seed=1337", "activation_checkpointing=True", "dropout=0", "max_steps=11"):
+    found = []
+    for option in ("seed=1337", "activation_checkpointing=True", "dropout=0"):
         options = [*KINDS[kind], "--dropout=0.2", f"--{option}"]
         assert tiny_run(data_dir, tmp_path / option, *options).returncode == 0
-        seeds.append(torch.initial_seed())  # of the last step with dropout
         found.append(weights(tmp_path / option))
     assert same(found[0], found[1]) and not same(found[0], found[2])
-    assert seeds[0] == seeds[1] != seeds[3]
 
 
 def test_micro_batch_and_bfloat16_change_only_rounding(finished, data_dir, tmp_path):
@@ -190,9 +177,6 @@ def test_shards_made_elsewhere_train_with_a_named_tokenizer(finished, data_dir, 
     assert result.returncode == 0, result.stderr
     assert same(weights(finished[0]), weights(tmp_path / "foreign"))
     assert not metrics(tmp_path / "foreign", "bits_per_byte")
-
-
-# Stopping and continuing
 
 
 def send_when(monkeypatch, name: str, step: int, *signals):
@@ -255,9 +239,10 @@ def test_a_killed_run_continues_from_its_last_checkpoint(data_dir, tmp_path):
     options = [*KINDS["qwen3"], "--dropout=0.2", *intervals]
     assert tiny_run(data_dir, tmp_path / "whole", *options).returncode == 0
     out_dir = tmp_path / "parts"
-    command = [sys.executable, "train.py", *tiny_arguments(data_dir, out_dir), *options]
-    environment = os.environ | ONE_THREAD
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+    arguments = [*conftest.tiny_arguments(data_dir, out_dir), *options]
+    command = [sys.executable, conftest.ROOT / "train.py", *arguments]
+    environment = os.environ | conftest.ONE_THREAD
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (out_dir / "best.pt").exists():
             time.sleep(0.002)
@@ -279,6 +264,9 @@ def test_a_finished_run_can_be_continued(data_dir, tmp_path):
     assert tiny_run(data_dir, tmp_path / "run", *cooled, RESUME).returncode == 0
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
     assert metrics(tmp_path / "whole", "step", "loss") == metrics(tmp_path / "run", "step", "loss")
+    other = [*cooled, RESUME, "--eval_tokens=500", "--learning_rate=1", "--max_steps=16"]
+    assert tiny_run(data_dir, tmp_path / "run", *other).returncode == 0
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["step"] == 16  # of another text, so anew
 
 
 def test_what_was_found_automatically_stays_so(data_dir, tmp_path, monkeypatch):
@@ -305,8 +293,7 @@ def test_resume_refuses_every_change_but_those_that_are_listed(finished, data_di
         if name in train.MAY_CHANGE:
             train.check_same_run(saved, changed, dataset)
             continue
-        with pytest.raises(Failure, match=rf"another {name} \(was {old}, now "):
-            train.check_same_run(saved, changed, dataset)
+        refused(rf"{name} \(was {old}, now ", train.check_same_run, saved, changed, dataset)
 
 
 def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_path):
@@ -324,6 +311,9 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
         result = tiny_run(data_dir, out_dir, RESUME)
         assert result.returncode == IN_USE and "in use by another run" in result.stderr
     assert same(weights(out_dir), before)
+    shutil.copy(out_dir / "best.pt", out_dir / "latest.pt")
+    result = tiny_run(data_dir, out_dir, RESUME)
+    assert result.returncode == NO_CHECKPOINT and "no optimizers' state" in result.stderr
     (out_dir / "latest.pt").unlink()  # as if the run had been killed before its first checkpoint
     printed = tiny_run(data_dir, out_dir).stderr
     assert "already has a run" in printed and "resume" not in printed
@@ -331,21 +321,18 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
     assert not same(weights(out_dir), before)
 
 
-# Failures
+FAILURES = [
+    ([RESUME], NO_CHECKPOINT, "there is no checkpoint"),
+    (["--dataset=nothing"], 2, "python prepare_data.py nothing"),
+    (["--dataset=unmakeable"], 2, "the dataset unmakeable could not be made"),
+    (["--dataset=damaged"], 2, "manifest.json is damaged"),
+    (["--block_size=8192", "--batch_tokens=16384"], 2, "one window of 8193 val tokens"),
+    (["--device=mps"], 2, "finds none here"),
+    ([*FINE_TUNE, "--init_from=a/b", "--dataset=stdlib"], INPUT_OUTPUT, "could not download a/b"),
+]
 
 
-@pytest.mark.parametrize(
-    "options, code, message",
-    [
-        ([RESUME], NO_CHECKPOINT, "there is no checkpoint"),
-        (["--dataset=nothing"], 2, "python prepare_data.py nothing"),
-        (["--dataset=unmakeable"], 2, "the dataset unmakeable could not be made"),
-        (["--dataset=damaged"], 2, "manifest.json is damaged"),
-        (["--block_size=8192", "--batch_tokens=16384"], 2, "one window of 8193 val tokens"),
-        (["--device=mps"], 2, "finds none here"),
-        (["--init_from=who/what", "--dataset=stdlib"], INPUT_OUTPUT, "could not download who/what"),
-    ],
-)
+@pytest.mark.parametrize("options, code, message", FAILURES)
 def test_what_cannot_run_says_so(data_dir, tmp_path, monkeypatch, options, code, message):
     def offline(**_):
         raise OSError("no network")
@@ -372,31 +359,23 @@ def test_numbers_that_are_not_finite_reach_no_checkpoint(data_dir, tmp_path, log
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(finished, data_dir, tmp_path):
-    resource = pytest.importorskip("resource")  # not on Windows
     out_dir = shutil.copytree(finished[0], tmp_path / "run")
     before = (out_dir / "latest.pt").read_bytes(), (out_dir / "best.pt").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as if the disk were full
-    try:
+    with full_disk(20_000):
         result = tiny_run(data_dir, out_dir, RESUME, "--max_steps=14")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert result.returncode == INPUT_OUTPUT and "is the disk full?" in result.stderr
     assert result.stderr.count("\n") == 1
     assert before == ((out_dir / "latest.pt").read_bytes(), (out_dir / "best.pt").read_bytes())
     assert not [path for path in out_dir.iterdir() if path.name.startswith(".")]
 
 
-# Fine-tuning, and a GPU
-
-
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
-def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path, arch):
+@shapes
+def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path, shape):
     pytest.importorskip("safetensors")
-    model, tokenizer = small_model(arch, block_size=64), load_tokenizer("bytes", "", tmp_path)
+    model = make_model(**shape, vocab_size=257, block_size=64)
     hf.save(model, tmp_path / "hf", 256)
-    save_hf_tokenizer(tokenizer, tmp_path / "hf")
-    rates = ["--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
+    save_hf_tokenizer(load_tokenizer("bytes", "", tmp_path), tmp_path / "hf")
+    rates = [*FINE_TUNE, "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
     start = [f"--init_from={tmp_path / 'hf'}", "--max_steps=1", *rates]
     result = tiny_run(data_dir, tmp_path / "run", *start)
     assert result.returncode == 0, result.stderr
@@ -406,7 +385,7 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path, arch)
     assert tiny_run(data_dir, tmp_path / "run", RESUME, "--max_steps=2", *rates).returncode == 0
     result = tiny_run(data_dir, tmp_path / "long", *start, "--block_size=128")
     assert result.returncode == 2 and "block_size 128 exceeds the 64 of" in result.stderr
-    shutil.copytree(ROOT / "tests" / "fixtures" / "dataset", tmp_path / "data" / "tiny")
+    shutil.copytree(FIXTURES / "dataset", tmp_path / "data" / "tiny")
     result = tiny_run(tmp_path / "data", tmp_path / "other", *start)
     assert result.returncode == 2 and f"--tokenizer={tmp_path / 'hf'}" in result.stderr
     printed = tiny_run(tmp_path / "data", tmp_path / "run", RESUME, *rates).stderr
