@@ -73,6 +73,11 @@ SYMBOLS = (  # no letters: the first and last as three bytes of UTF-8, and the b
     (0xEFBC9A, 0xEFBCA0, 3),
     (0xF09F00, 0xF09FFF, 4),  # emoji
 )
+WHITE_SPACE = (  # beyond ASCII, likewise
+    *((0xC28500, 0xC285FF, 2), (0xC2A000, 0xC2A0FF, 2), (0xE19A80, 0xE19A80, 3)),
+    *((0xE28080, 0xE2808A, 3), (0xE280A8, 0xE280A9, 3), (0xE280AF, 0xE280AF, 3)),
+    *((0xE2819F, 0xE2819F, 3), (0xE38080, 0xE38080, 3)),
+)
 HASHED_BYTES = 64  # the offset of a byte in its word counts modulo this
 BYTE_HASHES = mix64(np.arange(1, 256 * HASHED_BYTES + 1, dtype=np.uint64))  # [256 * offset + byte]
 BYTE_HASHES[SPACE::256] = 0  # what separates words adds nothing
@@ -89,7 +94,7 @@ def hash_words(text: str) -> tuple[np.ndarray, np.ndarray]:
     """
     padded = b"   " + text.lower().encode().translate(WORD_BYTES) + b"   "
     data = np.frombuffer(bytearray(padded), dtype=np.uint8)
-    blank_symbols(data)
+    blank(data, SYMBOLS)
     starts, ends = find_words(data)
     if not len(starts):
         return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
@@ -110,11 +115,11 @@ def find_words(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(starts) + 3, np.flatnonzero(ends) + 3
 
 
-def blank_symbols(data: np.ndarray):
-    """Replace SYMBOLS in bytes of UTF-8 that end with three spaces by spaces, in place."""
+def blank(data: np.ndarray, characters: tuple):
+    """Replace characters in bytes of UTF-8 that end with three spaces by spaces, in place."""
     first_bytes = np.flatnonzero(data >= 0xC2)  # of characters beyond ASCII
     codes = sum(data[first_bytes + i].astype(np.uint32) << (16 - 8 * i) for i in range(3))
-    for first, last, size in SYMBOLS:
+    for first, last, size in characters:
         matches = first_bytes[(codes >= first) & (codes <= last)]
         for i in range(size):
             data[matches + i] = SPACE
@@ -204,7 +209,7 @@ def has_boilerplate(text: str) -> bool:
 # web: rules that drop documents. Each returns whether the page is bad
 
 PARAGRAPH_END = re.compile(r"\n\s*\n")
-NON_LETTERS = bytes(b for b in range(128) if not chr(b).isalpha() and b != SPACE)
+IS_LETTER = np.array([b >= 128 or chr(b).isalpha() for b in range(256)])  # or part of one
 
 
 class Page:
@@ -214,10 +219,13 @@ class Page:
         self.text = text
         self.lines = [line for line in map(str.strip, text.split("\n")) if line]
         self.paragraphs = [part for part in map(str.strip, PARAGRAPH_END.split(text)) if part]
-        words = text.split()
-        self.words, self.word_characters = len(words), len("".join(words))
-        letters = " ".join(words).encode().translate(None, NON_LETTERS)
-        self.words_with_letter = len(letters.split())
+        data = np.frombuffer(bytearray(b" " + text.encode() + b"   "), dtype=np.uint8)
+        blank(data, WHITE_SPACE)
+        is_white, continues = data <= SPACE, data & 0xC0 == 0x80  # continues a character in UTF-8
+        starts = np.flatnonzero(is_white[:-1] & ~is_white[1:]) + 1
+        self.words, self.word_characters = len(starts), np.count_nonzero(~is_white & ~continues)
+        has_letter = np.maximum.reduceat(IS_LETTER[data], starts) if len(starts) else starts
+        self.words_with_letter = np.count_nonzero(has_letter)
         self.hashes, self.sizes = hash_words(text)  # of words without punctuation, (W,) each
         self.bytes = max(int(self.sizes.sum()), 1)
 

@@ -42,6 +42,12 @@ def best_dtype(device: torch.device) -> str:
     return "bfloat16" if is_fast else "float32"
 
 
+def best_training_dtype(device: torch.device) -> str:
+    """The same, but bfloat16 also on a CPU with AVX512-BF16: products are twice as fast there."""
+    has_units = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # private in torch
+    return "bfloat16" if device.type == "cpu" and has_units() else best_dtype(device)
+
+
 def autocast(device_type: str, dtype: str):
     """Inside, matrix products are in bfloat16 if dtype says so; weights and norms stay in fp32."""
     return torch.autocast(device_type, torch.bfloat16, enabled=dtype == "bfloat16")

@@ -76,7 +76,7 @@ class TrainConfig(ModelShape):
     log_interval: int = 10  # steps between lines of the log
     sample_prompt: str = ""  # text that the trained model continues; "" = off
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it
+    dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where it is fast
     compile: str = "auto"  # on, off, or auto: on for cuda
     activation_checkpointing: bool = False  # less memory for about a third more compute
 
@@ -362,7 +362,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | 
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
     if dtype == "auto":
-        can_bf16 = hardware.best_dtype(ranks.device) == "bfloat16"
+        can_bf16 = hardware.best_training_dtype(ranks.device) == "bfloat16"
         dtype = before.get("dtype") or ("bfloat16" if ranks.min(can_bf16) else "float32")
     if compiled == "auto":
         compiled = before.get("compile") or ("on" if hardware.can_compile(ranks.device) else "off")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -75,7 +76,6 @@ def refused(message: str, function, *arguments, code=config.BAD_INPUT, **options
 @contextlib.contextmanager
 def full_disk(max_bytes: int):
     """No file can grow beyond max_bytes, as if the disk were full."""
-    resource = pytest.importorskip("resource")  # not on Windows
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
     try:

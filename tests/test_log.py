@@ -44,3 +44,10 @@ def test_a_gpu_has_the_peak_of_its_longest_name(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert hardware.peak_flops(torch.device("cuda"), "bfloat16") == peak
     assert hardware.peak_flops(torch.device("cpu"), "bfloat16") == 0
+
+
+@pytest.mark.parametrize("has_units, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_trains_in_bfloat16_where_it_has_units_for_it(has_units, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    assert hardware.best_training_dtype(torch.device("cpu")) == dtype
+    assert hardware.best_dtype(torch.device("cpu")) == "float32"
