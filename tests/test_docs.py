@@ -17,7 +17,7 @@ import train
 MODULES = [*sorted(ROOT.glob("*.py")), ROOT / "config" / "__init__.py"]
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in MODULES}
 TREES = {name.removesuffix(".py"): ast.parse(source) for name, source in SOURCES.items()}
-RECIPES = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("config/[!_]*.py"))]
+RECIPES = [f"config/{path.name}" for path in sorted(ROOT.glob("config/[!_]*.py"))]
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/guide.md", "docs/results.md"]
 DOCS = {name: (ROOT / name).read_text("utf-8") for name in PAGES + RECIPES}
 CONFIGS = {"train": train.TrainConfig, "sample": sample.SampleConfig}
@@ -27,7 +27,6 @@ for bench in sorted(ROOT.glob("tests/bench_*.py")):  # its own settings, and tho
     own = re.findall(r"^    (\w+): (?:int|float|bool|str) = ", bench.read_text("utf-8"), re.M)
     SETTINGS[bench.stem] = set(own).union(*(SETTINGS[name] for name in CONFIGS))
 ROW = r"^\| `([\w./]+\.py)` \| (\d+) \| .* \| ([^|]+) \|$"  # of the table of modules
-OTHER_SETTINGS = {"help", "nproc_per_node"}  # of every script, and of torchrun
 OTHER_FILES = {"convert_hf_to_gguf.py", "report.md", "loss.png", "utils.py"}  # not in here
 
 
@@ -61,10 +60,10 @@ def test_settings_and_files_exist(page):
     for line in DOCS[page].replace("\\\n", " ").splitlines():
         command = re.match(r"\s*(?:\S*python|torchrun) .*?(\w+)\.py\s", line)
         scripts = [command[1]] if command and command[1] in SETTINGS else SETTINGS
-        allowed = OTHER_SETTINGS.union(*(SETTINGS[script] for script in scripts))
+        allowed = {"help", "nproc_per_node"}.union(*(SETTINGS[script] for script in scripts))
         assert set(re.findall(r"--(\w+)(?=[=`])", line)) <= allowed, line
+    folders = [ROOT, ROOT / "config", (ROOT / page).parent]
     for name in re.findall(r"(?<![\w/*.-])[\w/]+\.(?:py|md|png)\b", DOCS[page]):
-        folders = [ROOT, ROOT / "config", (ROOT / page).parent]
         is_there = any((folder / name).is_file() for folder in folders)
         assert is_there or Path(name).name in OTHER_FILES, name
 

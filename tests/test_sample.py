@@ -335,8 +335,7 @@ def test_the_cuda_graph_equals_the_plain_forward(shape):
     prompts, noise = [[5, 6, 7], [9], [*range(40)], [5, 6, 7]], noise_of(*range(4), count=100)
     for options in (dict(temperature=0), dict(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01)):
         rows = decode(model, prompts, noise, **options)
-        wanted = [decode_alone(model, *row, **options) for row in zip(prompts, noise)]
-        assert rows == wanted
+        assert rows == [decode_alone(model, *row, **options) for row in zip(prompts, noise)]
     rows = decode(model, prompts, noise[:, :24], temperature=0, compile=True)
     for prompt, row in zip(prompts, rows):  # compiled sums round otherwise: ties may break so
         logits = model.logits(torch.tensor([prompt + row]).cuda())[0, len(prompt) - 1 : -1]

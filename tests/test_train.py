@@ -110,7 +110,6 @@ def test_a_step_is_that_of_the_plain_optimizer(data_dir, tmp_path):
     for name, parameter in model.named_parameters():
         gradient = parameter.grad * min(1, 0.5 / norm)
         decayed = parameter.detach() * (1 - 1e-2 * (0.1 if parameter.dim() == 2 else 0))
-        # at the first step both moments are the gradient's
         wanted = decayed - 1e-2 * gradient / (gradient.abs() + 1e-8)
         is_close = (state["model"][name] - wanted).abs() < 1e-5
         assert is_close[gradient.abs() > 1e-6].all(), name
