@@ -86,6 +86,10 @@ class PrepareConfig:
         idle = [name for name in DECIDING if getattr(self, name) != getattr(PrepareConfig, name)]
         if self.takes_shards and idle:
             raise ValueError(f"{idle[0]} has no effect here: shards are taken as they are")
+        self.check_values()
+
+    def check_values(self):
+        """Raise ValueError where a single value makes no sense."""
         config.check_choices(self, on_error="stop skip", clean="none basic web")
         config.check_choices(self, dedupe="none exact near", format="text jsonl csv parquet")
         config.check_choices(self, split_pattern=" ".join(PATTERNS))
@@ -248,15 +252,13 @@ def build(settings: PrepareConfig, work: Path) -> dict:
         on_texts = partial(corpus.map, workers)
         tokenizer = tokenizer or new_tokenizer(settings, on_texts, splits["train"])
         entries = write_shards(settings, on_texts, splits, tokenizer, work / "dataset")
-        val_texts = corpus.texts(first_bytes(splits["val"], OVERLAP_BYTES))
-        overlap = measure_overlap(on_texts, val_texts, splits["train"], work)
+        overlap = measure_overlap(corpus, on_texts, splits, work)
     entries["val"]["compressed_bits_per_byte"] = compress(corpus, splits["val"])
     tally, kept_bytes = corpus.tally, int(corpus.documents["bytes"][kept].sum())
-    bytes_read, count = tally.bytes.pop("read"), len(kept)
-    documents = {"in": count + tally.documents.total(), "kept": count}
+    documents = {"in": len(kept) + tally.documents.total(), "kept": len(kept)}
     manifest = make_manifest(settings, tokenizer, entries) | {
         "documents": documents | {"dropped": dict(tally.documents)},
-        "bytes": {"in": bytes_read, "kept": kept_bytes, "dropped": dict(tally.bytes)},
+        "bytes": {"in": tally.bytes_read, "kept": kept_bytes, "dropped": dict(tally.bytes)},
         "lines_dropped": dict(tally.lines),
         "documents_cut_in_two": is_cut,
         "validation_overlap": overlap,
@@ -359,7 +361,7 @@ def clean_part(settings: PrepareConfig, contamination: Path | None, part: list) 
     rules_off = frozenset(settings.web_off.split(","))
     needs_words = settings.dedupe == "near" or contamination
     for original, where in part:
-        tally.bytes["read"] += len(original.encode())
+        tally.bytes_read += len(original.encode())
         cleaned = clean_text(original, settings.clean, rules_off)
         reason, words = cleaned.reason, cleaned.words
         if words is None and needs_words:
@@ -489,13 +491,11 @@ def cached_tokenizer(path: Path, record: tuple) -> Tokenizer:
     return Tokenizer.from_record(dict(record), path.read_text(encoding="ascii"))
 
 
-def measure_overlap(
-    on_texts: Callable, val_texts: Iterable, train: np.ndarray, work: Path
-) -> float:
+def measure_overlap(corpus: Corpus, on_texts: Callable, splits: dict, work: Path) -> float:
     """The share of n-grams of the validation text that are in the training text, too."""
-    ngrams = dedupe.ngrams_of(val_texts)
+    ngrams = dedupe.ngrams_of(corpus.texts(first_bytes(splits["val"], OVERLAP_BYTES)))
     find = partial(dedupe.find_shared, path=dedupe.save_hashes(ngrams, work))
-    return dedupe.overlap(ngrams, on_texts(find, train, "bytes compared"))
+    return dedupe.overlap(ngrams, on_texts(find, splits["train"], "bytes compared"))
 
 
 def compress(corpus: Corpus, spans: np.ndarray) -> dict[str, float]:

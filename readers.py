@@ -47,6 +47,7 @@ class Tally:
     documents: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)
     lines: Counter = field(default_factory=Counter)  # dropped from documents that were kept
+    bytes_read: int = 0
     examples: dict[str, list] = field(default_factory=dict)  # reason -> [(where, beginning)]
 
     def drop(self, reason: str, where: str, text: str = ""):
@@ -63,6 +64,7 @@ class Tally:
         self.documents += other.documents
         self.bytes += other.bytes
         self.lines += other.lines
+        self.bytes_read += other.bytes_read
         for reason, examples in other.examples.items():
             self.examples[reason] = (self.examples.get(reason, []) + examples)[:3]
 
