@@ -55,10 +55,9 @@ def atomic_file(path: Path) -> Iterator:
         with open(partial, "rb+") as file:  # again: safetensors replaces the file that was opened
             os.fsync(file.fileno())
         os.replace(partial, path)
-        if os.name == "posix":  # the new name is on the disk once its folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name is on the disk once its folder is
+        os.fsync(folder)
+        os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -176,15 +175,10 @@ def model_folder(name: str, patterns: list[str], is_complete: Callable[[Path], b
 
 def lock(file) -> bool:
     """Lock an open file until it is closed; return False if another process holds the lock."""
+    import fcntl  # not on native Windows
+
     try:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
     return True

@@ -79,13 +79,11 @@ def peak_flops(device: torch.device, dtype: str) -> float:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB, on its GPU or else in all; 0 where it is not known."""
+    """Peak memory of this process in GiB, on its GPU or else in all."""
+    import resource  # not on native Windows
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
