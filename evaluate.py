@@ -139,8 +139,8 @@ def read_documents(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, np.nd
     reader = Reader(text, setting="text")
     with Progress("bytes read", reader.total) as progress:
         for document, where in reader:
-            tokens = [tokenizer.end_of_text, *tokenizer.encode(document).tolist()]
-            yield where, np.array(tokens), len(document.encode())
+            tokens = tokenizer.encode_document(document).astype(np.int64)
+            yield where, tokens, len(document.encode())
             progress.update(reader.done)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from config import Failure
 
-PEAK_TFLOPS = {  # dense bfloat16, by the vendors' datasheets; the first name in the device's own
+# Dense bfloat16, by the vendors' datasheets; the first key found in the device's name counts
+PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,

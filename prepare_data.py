@@ -108,9 +108,19 @@ class PrepareConfig:
             bpe_size(self.tokenizer)  # raises for a name without meaning
 
     @property
+    def is_tokenised(self) -> bool:
+        """Whether the dataset is shards on the Hub, which become one as they are."""
+        return self.name in NAMED and NAMED[self.name].is_tokenised
+
+    @property
     def takes_shards(self) -> bool:
         """Whether the dataset is made of existing shards, and no text is read."""
-        return bool(self.merge) or self.name in NAMED and NAMED[self.name].is_tokenised
+        return bool(self.merge) or self.is_tokenised
+
+    @property
+    def downloads(self) -> Path:
+        """The folder that keeps what is downloaded."""
+        return Path(self.data_dir) / "downloads"
 
 
 # Settings that decide what a dataset holds
@@ -166,8 +176,7 @@ def main(settings: PrepareConfig):
     """Prepare a dataset and say how to train on it. Raises Failure."""
     folder = prepare(settings)
     where = f" --data_dir={settings.data_dir}" if settings.data_dir != "data" else ""
-    is_foreign = settings.takes_shards and not settings.merge
-    recipe = "config/gpt2_124m.py" if is_foreign else "config/small.py"
+    recipe = "config/gpt2_124m.py" if settings.is_tokenised else "config/small.py"
     options = f"--dataset={folder.name}{where} --out_dir=out/{folder.name}"
     print(f"train on it: python train.py {recipe} {options}")
 
@@ -184,7 +193,7 @@ def prepare(settings: PrepareConfig) -> Path:
         try:
             (work / "dataset").mkdir(parents=True)
             print(f"preparing {folder}", flush=True)
-            if settings.takes_shards and not settings.merge:
+            if settings.is_tokenised:
                 link_shards(settings, work / "dataset")
             else:
                 manifest = merge(settings, work) if settings.merge else build(settings, work)
@@ -214,7 +223,7 @@ def exists(folder: Path, settings: PrepareConfig) -> bool:
     """Whether the dataset is there already. Raises Failure where its folder holds another."""
     if not folder.exists():
         return False
-    if not settings.takes_shards or settings.merge:
+    if not settings.is_tokenised:
         made_from, wanted = read_manifest(folder)["made_from"], deciding_settings(settings)
         defaults = deciding_settings(with_defaults(PrepareConfig(settings.name)))
         for name, value in wanted.items():
@@ -242,8 +251,8 @@ def build(settings: PrepareConfig, work: Path) -> dict:
     reader = make_reader(settings, settings.source) if settings.source else None
     tokenizer = None
     if not bpe_size(settings.tokenizer):
-        downloads = Path(settings.data_dir) / "downloads"
-        tokenizer = load_tokenizer(settings.tokenizer, settings.split_pattern, downloads)
+        pattern, downloads = settings.split_pattern, settings.downloads
+        tokenizer = load_tokenizer(settings.tokenizer, pattern, downloads)
     reader = reader or open_named(settings)
     with Workers(settings.processes) as workers:
         corpus = collect(settings, reader, contamination, workers, work)
@@ -289,7 +298,7 @@ def open_named(settings: PrepareConfig) -> Reader:
     if settings.name == "stdlib":
         return make_reader(settings, stdlib_files())
     if settings.name == "shakespeare":
-        path = Path(settings.data_dir) / "downloads" / "tinyshakespeare.txt"
+        path = settings.downloads / "tinyshakespeare.txt"
         files.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)
         return make_reader(settings, [path])
     return make_reader(settings, download_named(settings))
@@ -309,7 +318,7 @@ def stdlib_files() -> list[Path]:
 
 def download_named(settings: PrepareConfig) -> list[Path]:
     """The files of a named dataset on the Hugging Face Hub, kept in data/downloads."""
-    named, folder = NAMED[settings.name], Path(settings.data_dir) / "downloads" / settings.name
+    named, folder = NAMED[settings.name], settings.downloads / settings.name
     source = dict(repo_type="dataset", revision=named.revision, folder=folder)
     folder = files.hub_snapshot(named.repository, [named.pattern], **source)
     paths = sorted(folder.glob(named.pattern))
@@ -481,8 +490,7 @@ def write_shards(settings, on_texts: Callable, splits: dict, tokenizer: Tokenize
 def tokenize_texts(path: Path, record: tuple, texts: Iterable[str]) -> np.ndarray:
     """The tokens of documents, uint32, an end-of-text before each."""
     tokenizer = cached_tokenizer(path, record)
-    prefix = np.array([tokenizer.end_of_text], dtype=np.uint32)
-    return np.concatenate([tokens for text in texts for tokens in (prefix, tokenizer.encode(text))])
+    return np.concatenate([tokenizer.encode_document(text) for text in texts])
 
 
 @lru_cache(maxsize=1)

@@ -225,7 +225,7 @@ def prompt_loop(model: GPT, tokenizer: Tokenizer, settings: SampleConfig):
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a document that begins with `text`; bytes that are not UTF-8 become U+FFFD."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return [tokenizer.end_of_text, *tokenizer.encode(text).tolist()]
+    return tokenizer.encode_document(text).tolist()
 
 
 def complete(model: GPT, tokenizer: Tokenizer, rows: list, settings: SampleConfig) -> Iterator:

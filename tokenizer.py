@@ -108,6 +108,10 @@ class Tokenizer:
         encode = self.encoding.encode_to_numpy
         return np.concatenate([encode(stretch, disallowed_special=()) for stretch in stretches])
 
+    def encode_document(self, text: str) -> np.ndarray:
+        """The tokens of a document, uint32: end-of-text, then those of its text."""
+        return np.concatenate([np.array([self.end_of_text], np.uint32), self.encode(text)])
+
     def decode(self, tokens: Iterable[int]) -> bytes:
         return b"".join(map(self.token_bytes, tokens))
 

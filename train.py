@@ -303,6 +303,8 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     """The run at its first step, or as its checkpoint left it. Raises Failure."""
     path = Path(settings.out_dir) / "latest.pt"
     saved = checkpoint.load(path) if settings.init_from == "resume" else None
+    if saved and "optimizers" not in saved:
+        raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
     if saved:
         check_same_run(saved, settings, dataset)
     if ranks.device.type == "cpu":
@@ -310,8 +312,6 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     model = build_model(settings, dataset, saved).to(ranks.device)
     settings = resolve_auto(settings, ranks, model, saved)
     run = Run(settings, ranks, dataset, model, make_optimizers(model, settings, ranks))
-    if saved and "optimizers" not in saved:
-        raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
     if saved:
         for optimizer, state in zip(run.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
