@@ -15,10 +15,15 @@ from config import INPUT_OUTPUT, Failure
 
 
 class Workers:
-    """Up to `count` processes, used in a `with`. They start with the second part of a task."""
+    """Up to `count` processes, used in a `with`. They start with the second part of a task.
+
+    count: 0 = one per core.
+    """
 
     def __init__(self, count: int):
-        self.count = count
+        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+        self.count = count or cores
         self.pool = None
 
     def __enter__(self):

@@ -64,14 +64,14 @@ def open_source(settings: BenchConfig) -> Reader:
 def bench_stages(texts: list[str], settings: BenchConfig, work: Path):
     """Tokenising with all processes and with one; reading, cleaning and deduplication."""
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    documents = f"{len(texts):,} documents, {megabytes:.1f} MB of text"
-    print(f"{documents}, {settings.processes} processes")
+    print(f"{len(texts):,} documents, {megabytes:.1f} MB of text")
     downloads = Path(settings.data_dir) / "downloads"
     tokenizer = load_tokenizer(settings.tokenizer, settings.split_pattern, downloads)
     with open(work / "plain.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     plain = replace(settings, source=str(work / "plain.jsonl"), text_field="text", format="")
     with Workers(settings.processes) as workers:
+        print(f"{workers.count} processes")
         stages = {
             "encode, one process": lambda: [tokenizer.encode(text) for text in texts],
             "tokenising into shards": tokenizing(plain, workers, tokenizer, work),
@@ -90,7 +90,7 @@ def bench_stages(texts: list[str], settings: BenchConfig, work: Path):
         show(name, megabytes / np.array(times), "MB/s")
         if name.startswith("reading"):
             show("  share of tokenising's time", np.array(times) / shards, "")
-    show("tokenising / processes / encode", alone / shards / settings.processes, "")
+    show("tokenising / processes / encode", alone / shards / workers.count, "")
 
 
 def read_and_clean(settings: BenchConfig, workers: Workers, work: Path):
@@ -106,12 +106,11 @@ def tokenizing(settings: BenchConfig, workers: Workers, tokenizer: Tokenizer, wo
     settings = replace(settings, clean="none", dedupe="none")
     reader = prepare_data.make_reader(settings, settings.source)
     corpus = prepare_data.collect(settings, reader, None, workers, work / "whole")
-    on_texts = partial(corpus.map, workers)
     splits, folder = {"train": corpus.spans()}, work / "shards"
 
     def tokenize():
         folder.mkdir()  # always the same, so that the processes keep the tokenizer
-        prepare_data.write_shards(settings, on_texts, splits, tokenizer, folder)
+        prepare_data.write_shards(settings, corpus, splits, tokenizer, folder)
         shutil.rmtree(folder)
 
     return tokenize

@@ -1,0 +1,61 @@
+"""The report on a dataset: the numbers of its manifest as a page, and in a line for the screen."""
+
+import json
+from pathlib import Path
+
+import files
+from dedupe import CONTAMINATION_WORDS
+
+
+def write_manifest(manifest: dict, folder: Path, examples: dict):
+    """Write manifest.json, and its numbers with examples of what was dropped as report.md."""
+    page = report_page(manifest, examples).encode(errors="backslashreplace")  # odd file names
+    (folder / "report.md").write_bytes(page)
+    files.write_json(folder / "manifest.json", manifest)
+
+
+def summary(manifest: dict) -> str:
+    """The dataset in a line or two for the screen."""
+    documents, train, val = manifest["documents"], *manifest["splits"].values()
+    text_bytes = train["bytes"] + val["bytes"]
+    ratio = text_bytes / (train["tokens"] + val["tokens"])
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in documents["dropped"].items())
+    return (
+        f"{documents['kept']:,} of {documents['in']:,} documents, {text_bytes / 1e6:.1f} MB, "
+        f"{ratio:.2f} bytes per token: {train['tokens']:,} training tokens and {val['tokens']:,} "
+        f"for validation" + (f"\ndropped: {dropped}" if dropped else "")
+    )
+
+
+def report_page(manifest: dict, examples: dict) -> str:
+    """What was read, kept and dropped, as a page in Markdown."""
+    lines = [f"# {manifest['name']}", "", "| | documents | bytes |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {count:,} | {size:,} |" for name, count, size in table_rows(manifest)]
+    lines += ["", "Bytes read, and dropped by a rule, are counted before cleaning."]
+    lines.append("Skipped files count as documents.")
+    if manifest.get("documents_cut_in_two"):
+        lines.append("The documents are too few to hold some out: the end of each is validation.")
+    for rule, count in manifest.get("lines_dropped", {}).items():
+        lines.append(f"Of documents that cleaning kept, {rule} dropped {count:,} lines.")
+    if "validation_overlap" in manifest:
+        share = f"{manifest['validation_overlap']:.2%} of the {CONTAMINATION_WORDS}-grams"
+        lines.append(f"Of the first MB of validation text, {share} are in the training text, too.")
+    for reason, shown in examples.items():
+        lines += ["", f"## dropped: {reason}", ""]
+        for where, text in shown:
+            quoted = " ".join(text.split()).replace("`", "'")
+            lines.append(f"- `{where}`" + (f": `{quoted}`" if quoted else ""))
+    made_from = json.dumps(manifest["made_from"], indent=2)
+    return "\n".join([*lines, "", "Made with:", "", "```json", made_from, "```"]) + "\n"
+
+
+def table_rows(manifest: dict) -> list[tuple[str, int, int]]:
+    """(name, documents, bytes) of what was read, dropped for each reason, kept, and each split."""
+    documents, sizes = manifest["documents"], manifest["bytes"]
+    rows = [("read", documents["in"], sizes["in"])]
+    for reason, count in documents["dropped"].items():
+        rows.append((f"dropped: {reason}", count, sizes["dropped"].get(reason, 0)))
+    rows.append(("kept", documents["kept"], sizes["kept"]))
+    for split, entry in manifest["splits"].items():
+        rows.append((f"{split}: {entry['tokens']:,} tokens", entry["documents"], entry["bytes"]))
+    return rows
