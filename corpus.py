@@ -39,10 +39,6 @@ class Corpus:
         ends = np.cumsum(self.documents["bytes"])
         return np.stack((ends - self.documents["bytes"], ends), axis=1)
 
-    def texts(self, spans: np.ndarray) -> Iterator[str]:
-        """The texts of some documents."""
-        return read_texts(self.path, spans)
-
     def map(self, function: Callable, spans: np.ndarray, unit: str) -> Iterator:
         """Yield function(texts) for parts of some documents, in order; show the progress."""
         ends = np.cumsum(np.diff(spans))
@@ -66,7 +62,7 @@ class Corpus:
             self.tally.documents[name] += 1
             self.tally.bytes[name] += int(self.documents["bytes"][dropped])
             if self.tally.documents[name] <= 3:
-                texts = self.texts(self.spans()[[dropped, kept]])
+                texts = read_texts(self.path, self.spans()[[dropped, kept]])
                 self.tally.show(name, "dropped ⟷ kept", " ⟷ ".join(text[:300] for text in texts))
         return order[~is_repeated]
 
@@ -79,7 +75,7 @@ class Corpus:
         spans, is_val = self.spans()[kept], self.documents["is_val"][kept]
         splits = {"train": spans[~is_val], "val": spans[is_val]}
         share = count_bytes(splits["val"]) / count_bytes(spans)
-        is_cut = bool(not MIN_SHARE < share / val_fraction < MAX_SHARE or share == 1)
+        is_cut = not MIN_SHARE < share / val_fraction < MAX_SHARE or share == 1
         if is_cut:
             consequence = f"the last {val_fraction:.1%} of each is for validation"
             print(f"documents: {len(spans)}, too few to hold whole ones out: {consequence}")
@@ -101,10 +97,10 @@ class Corpus:
 
 
 def write_corpus(reader: Reader, clean: Callable, workers: Workers, folder: Path) -> Corpus:
-    """Read all documents and write what is kept of them into files in `folder`, as it comes.
+    """Write what `clean` keeps of the reader's documents into files in `folder`, as it comes.
 
-    clean(documents (text, where)) returns texts, DOCUMENTs, signatures and a tally of those that it
-    keeps; texts and signatures are bytes.
+    clean takes documents (text, where). It returns their texts, joined, in UTF-8; their DOCUMENTs;
+    their signatures, joined; and a Tally of what it dropped.
     """
     tally, arrays = Tally(), [np.zeros(0, dtype=DOCUMENT)]
     with open(folder / "texts", "wb") as text_file, open(folder / "signatures", "wb") as file:
@@ -143,6 +139,7 @@ def count_bytes(spans: np.ndarray) -> int:
 
 
 def read_texts(path: Path, spans: np.ndarray) -> Iterator[str]:
+    """The texts of some documents in a corpus's file."""
     with open(path, "rb") as file:
         for start, end in spans:
             file.seek(start)

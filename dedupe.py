@@ -102,7 +102,7 @@ def similar_pairs(signatures: np.ndarray, threshold: float) -> np.ndarray:
                 found.append(second[is_similar] * count + first[is_similar])
             pairs = np.unique(np.concatenate(found))
             progress.update(band + 1)
-    return np.stack(np.divmod(pairs, max(count, 1)), axis=1)
+    return np.stack(np.divmod(pairs, count), axis=1)
 
 
 def candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -30,7 +30,7 @@ import dedupe
 import files
 from clean import LINE_RULES, RULES, clean_text, hash_words, normalize
 from config import Failure
-from corpus import DOCUMENT, Corpus, count_bytes, first_bytes, write_corpus
+from corpus import DOCUMENT, Corpus, count_bytes, first_bytes, read_texts, write_corpus
 from dataset import MANIFEST_VERSION, SPLITS, ShardWriter, read_manifest, read_tokenizer
 from readers import Reader, Tally
 from report import summary, write_manifest
@@ -184,7 +184,8 @@ def prepare(settings: PrepareConfig) -> Path:
     with files.locked(folder.with_name(f".{settings.name}.lock")):
         shutil.rmtree(work, ignore_errors=True)
         if folder.exists():
-            check_same_settings(folder, settings)
+            if not settings.named.is_tokenised:
+                check_same_settings(folder, settings)
             print(f"{folder} exists; delete it to read the text again")
             return folder
         try:
@@ -215,8 +216,6 @@ def with_defaults(settings: PrepareConfig) -> PrepareConfig:
 
 def check_same_settings(folder: Path, settings: PrepareConfig):
     """Raise Failure where `folder` was made with other settings, or holds no dataset."""
-    if settings.named.is_tokenised:
-        return
     made_from = read_manifest(folder)["made_from"]
     for name, value in deciding_settings(settings).items():
         before = made_from.get(name, getattr(PrepareConfig, name))
@@ -333,7 +332,7 @@ def collect(settings, reader: Reader, contamination: Path | None, workers, work:
 
 
 def clean_part(settings: PrepareConfig, contamination: Path | None, part: list) -> tuple:
-    """Clean documents (text, where); return texts, DOCUMENTs, signatures and tally for a Corpus."""
+    """Clean documents (text, where); return what `write_corpus` takes."""
     tally, texts, documents, signatures = Tally(), [], [], []
     rules_off = frozenset(settings.web_off.split(","))
     for original, where in part:
@@ -421,7 +420,8 @@ def cached_tokenizer(path: Path, record: tuple) -> Tokenizer:
 
 def measure_overlap(corpus: Corpus, splits: dict, work: Path) -> float:
     """The share of n-grams of the validation text that are in the training text, too."""
-    ngrams = dedupe.ngrams_of(corpus.texts(first_bytes(splits["val"], OVERLAP_BYTES)))
+    texts = read_texts(corpus.path, first_bytes(splits["val"], OVERLAP_BYTES))
+    ngrams = dedupe.ngrams_of(texts)
     find = partial(dedupe.find_shared, path=dedupe.save_hashes(ngrams, work))
     return dedupe.overlap(ngrams, corpus.map(find, splits["train"], "bytes compared"))
 
@@ -430,7 +430,7 @@ def compress(corpus: Corpus, spans: np.ndarray) -> dict[str, float]:
     """Bits per byte that two compressors need, to compare a model with; none for a long text."""
     if count_bytes(spans) > COMPRESSED_BYTES:
         return {}
-    text = "".join(corpus.texts(spans)).encode()
+    text = "".join(read_texts(corpus.path, spans)).encode()
     compressed = {"lzma -9": lzma.compress(text, preset=9), "gzip -9": gzip.compress(text, 9)}
     return {name: 8 * len(data) / len(text) for name, data in compressed.items()}
 

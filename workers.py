@@ -15,15 +15,11 @@ from config import INPUT_OUTPUT, Failure
 
 
 class Workers:
-    """Up to `count` processes, used in a `with`. They start with the second part of a task.
-
-    count: 0 = one per core.
-    """
+    """Up to `count` processes (0: one per core), for a `with`; a task's second part starts them."""
 
     def __init__(self, count: int):
         has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-        self.count = count or cores
+        self.count = count or (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
         self.pool = None
 
     def __enter__(self):

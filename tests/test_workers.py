@@ -40,7 +40,7 @@ def test_results_come_in_order_and_few_parts_are_in_flight():
 
 
 def test_a_single_part_or_worker_starts_no_process():
-    for count, parts in ((2, 0), (2, 1), (1, 3)):
+    for count, parts in ((0, 1), (2, 0), (2, 1), (1, 3)):
         results = Workers(count).map(lambda _: os.getpid(), range(parts))
         assert list(results) == [os.getpid()] * parts
 
