@@ -10,24 +10,14 @@ import torch
 from config import Failure
 
 # Dense bfloat16, by the vendors' datasheets; the first key found in the device's name counts
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-}
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989}
+PEAK_TFLOPS |= {"A100": 312, "L40S": 362, "RTX 4090": 165}
 
 
 def find_device(name: str) -> torch.device:
     """The device of a `device` setting: auto is cuda, else mps, else cpu. Raises Failure."""
-    is_available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    is_available = {"cuda": cuda, "mps": mps, "cpu": True}
     if name == "auto":
         name = next(device for device in is_available if is_available[device])
     if not is_available[name]:
@@ -61,10 +51,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next micro-step instead of giving it back.
-
-    Asking for the same pages again costs a small model on a CPU a quarter of its speed.
-    """
+    """Have glibc keep freed memory: asking again costs a small model a quarter of its speed."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its maximum: blocks come from the heap,

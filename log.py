@@ -13,28 +13,25 @@ from files import atomic_file
 class Meter:
     """Speed, share of the hardware's peak, and time left, for the lines of the log.
 
-    Validation and checkpoints do not count for the speed but do for the time left; the first step,
-    which compiles, counts for neither.
+    Validation and checkpoints count for the time left only, the compiling first step for neither.
     """
 
     def __init__(self, max_steps: int, step_tokens: int, flops_per_token: int, peak_flops: float):
-        self.max_steps = max_steps
-        self.step_tokens = step_tokens
+        self.max_steps, self.step_tokens = max_steps, step_tokens
         self.peak_share = flops_per_token / peak_flops if peak_flops else 0.0  # per token/s
-        self.first_step = self.first_time = self.last_step = self.last_time = None
+        self.first_step = self.first_time = self.last_step = self.last_time = 0
 
     @contextlib.contextmanager
     def paused(self):
         """The time inside does not count for the speed."""
         started = time.monotonic()
         yield
-        if self.last_time is not None:
-            self.last_time += time.monotonic() - started
+        self.last_time += time.monotonic() - started
 
     def measure(self, step: int) -> tuple[dict, list[str]]:
         """The speed since the last call as values for metrics.jsonl and as words for the screen."""
         now, values, words = time.monotonic(), {}, []
-        if self.first_time is None:
+        if not self.first_time:
             self.first_step, self.first_time = step, now
         else:
             speed = (step - self.last_step) * self.step_tokens / (now - self.last_time)
@@ -43,9 +40,8 @@ class Meter:
             if self.peak_share:
                 values["share_of_peak"] = speed * self.peak_share
                 words.append(f"{values['share_of_peak']:.1%} of peak")
-            seconds_per_step = (now - self.first_time) / (step - self.first_step)
-            seconds = round(seconds_per_step * (self.max_steps - step))
-            words.append(f"{timedelta(seconds=seconds)} left")
+            seconds = (now - self.first_time) / (step - self.first_step) * (self.max_steps - step)
+            words.append(f"{timedelta(seconds=round(seconds))} left")
         self.last_step, self.last_time = step, now
         return values, words
 
@@ -78,17 +74,13 @@ def perplexity(loss: float) -> float:
 
 
 def print_report(folder: Path, val_loss: float, bits_per_byte: float, compressors: dict):
-    """Print what a run reached and draw its losses.
-
-    bits_per_byte: nan where it is not known. compressors: the bits per byte that others need.
-    """
+    """Print what a run reached, beside the bits per byte of compressors, and draw its losses."""
     print(f"\nvalidation loss {val_loss:.4f} nats per token, perplexity {perplexity(val_loss):.2f}")
-    if math.isfinite(bits_per_byte):
+    if math.isfinite(bits_per_byte):  # else it is not known
         others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
         print(f"{bits_per_byte:.3f} bits per byte of validation text{others}")
     print(draw_losses(folder))
-    path = folder / "latest.pt"
-    print(f"checkpoint: {path}\nto sample from it: python sample.py --checkpoint={path}")
+    print(f"to sample from it: python sample.py --checkpoint={folder / 'latest.pt'}")
 
 
 def draw_losses(folder: Path) -> str:
@@ -99,11 +91,9 @@ def draw_losses(folder: Path) -> str:
         return "for a picture of the loss: pip install matplotlib"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=folder.name)
-    records = read_metrics(folder)
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(record["step"], record[key]) for record in records if key in record]
-        if points:
-            axes.plot(*zip(*points), style, label=label, linewidth=1)
+    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
+        points = [(line["step"], line[key]) for line in read_metrics(folder) if key in line]
+        axes.plot(*zip(*points), marker=marker, label=label, linewidth=1)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=120)

@@ -32,7 +32,6 @@ import sample
 from config import NO_CHECKPOINT, NOT_FINITE, Failure
 from dataset import Dataset, window_order
 from files import locked
-from hardware import autocast
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
@@ -42,10 +41,7 @@ MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py tha
 
 @dataclass
 class TrainConfig(ModelShape):
-    """Train a GPT on a dataset of data/ and keep it in a folder of out/.
-
-    The defaults are GPT-2 124M's.
-    """
+    """Train a GPT on a dataset of data/ and keep it in out/. The defaults are GPT-2 124M's."""
 
     out_dir: str = "out/run"  # folder of the run: checkpoints, metrics.jsonl, loss.png
     init_from: str = "scratch"  # scratch, resume, or a model: gpt2, a folder, OWNER/NAME (Hub)
@@ -87,26 +83,19 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 1, "checkpoint_interval log_interval")
         config.check_bounds(self, 0, "seed micro_batch_size warmup_steps decay_steps learning_rate")
         config.check_bounds(self, 0, "min_lr weight_decay grad_clip muon_learning_rate")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value} and must be below 1 (and at least 0)")
+        config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
         config.check_choices(self, compile="auto on off")
-        if self.fine_tunes and not checkpoint.is_hf_name(self.init_from):
-            choices = "scratch, resume, a folder, gpt2, or OWNER/NAME on the Hub"
-            raise ValueError(f"init_from {self.init_from!r} is not one of {choices}")
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
-            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} brings its own shape")
+            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} has its own shape")
         if self.min_lr > self.learning_rate:
-            rate = self.learning_rate
-            raise ValueError(f"min_lr {self.min_lr} must not exceed learning_rate {rate}")
+            raise ValueError(f"min_lr {self.min_lr} exceeds learning_rate {self.learning_rate}")
         if self.warmup_steps + self.decay_steps > self.max_steps:
             steps = f"warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps}"
-            raise ValueError(f"{steps} must not exceed max_steps {self.max_steps}")
+            raise ValueError(f"{steps} exceed max_steps {self.max_steps}")
         self.check_batch()
 
     def check_batch(self):
@@ -132,15 +121,11 @@ class TrainConfig(ModelShape):
 
 def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
-    refuse_to_overwrite(settings)
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
         checkpoint.hf_folder(settings.init_from)
     with start_ranks(settings.device) as ranks, contextlib.ExitStack() as stack:
         dataset = open_dataset(settings, ranks)
-        lock = Path(settings.out_dir) / "lock"
-        in_use = f"{settings.out_dir} is in use by another run; choose another --out_dir"
-        ranks.on_rank_0(lambda: stack.enter_context(locked(lock, in_use)))
-        ranks.on_rank_0(lambda: refuse_to_overwrite(settings))  # again, now that no run can start
+        ranks.on_rank_0(lambda: stack.enter_context(claimed_folder(settings)))
         run = start_run(settings, ranks, dataset)
         ranks.on_rank_0(lambda: clear_folder(run))
         run.print(describe(run))
@@ -151,12 +136,9 @@ def main(settings: TrainConfig):
             run.print(f"stopped at step {run.step}; {hint}")
 
 
-# Ranks: one process per device, each with the whole model and its share of the batch
-
-
 @dataclass
 class Ranks:
-    """This process among those that train together."""
+    """This process among those that train together: one per device, each with the whole model."""
 
     rank: int
     world_size: int
@@ -170,10 +152,9 @@ class Ranks:
 
     def min(self, value: int) -> int:
         """The smallest `value` of all ranks, agreed between CPUs without waiting for a GPU."""
-        if self.world_size == 1:
-            return int(value)
         smallest = torch.tensor(int(value))
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        if self.world_size > 1:
+            dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
 
     def any(self, flag: bool) -> bool:
@@ -212,21 +193,17 @@ def start_ranks(device_name: str):
     if device.type == "cuda":
         needed, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if needed > count:
-            raise Failure(
-                f"{needed} processes need a GPU each, not {count}: lower --nproc_per_node"
-            )
+            raise Failure(f"{needed} processes for {count} GPUs: lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size <= 1:
         yield Ranks(0, 1, device)
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(rank, world_size, device)
-        if device.type == "cpu":
-            dist.barrier()  # a process that ends while gloo's threads still send can be aborted
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, world_size, device)
+    if device.type == "cpu":
+        dist.barrier()  # a process that ends while gloo's threads still send can be aborted
+    dist.destroy_process_group()
 
 
 # The start of a run
@@ -269,46 +246,45 @@ class Run:
             log.append_metrics(self.folder, **known)
 
 
-def refuse_to_overwrite(settings: TrainConfig):
-    """Raise Failure where a new run would overwrite another."""
-    folder = Path(settings.out_dir)
-    saved = [name for name in ("latest.pt", "best.pt") if (folder / name).exists()]
-    if saved and settings.init_from != "resume" and not settings.overwrite:
-        resume = "continue it: --init_from=resume, " if "latest.pt" in saved else ""
-        others = "keep it: --out_dir=ANOTHER, lose it: --overwrite=True"
-        raise Failure(f"{folder} already has a run; {resume}{others}")
-
-
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
     """Open the dataset; make it first where it is missing and takes seconds. Raises Failure."""
     folder = Path(settings.data_dir) / settings.dataset
 
-    def prepare_if_missing():
+    def make_if_missing():
         if folder.exists():
             return
-        script = Path(__file__).with_name("prepare_data.py")
         if settings.dataset not in MADE_WHEN_MISSING:
-            command = f"python prepare_data.py {settings.dataset} (--help names the datasets)"
-            raise Failure(f"{folder} does not exist; make it: {command}")
-        options = [settings.dataset, f"--data_dir={settings.data_dir}"]
-        code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
+            hint = f"make it: python prepare_data.py {settings.dataset} (--help names the datasets)"
+            raise Failure(f"{folder} does not exist; {hint}")
+        script = Path(__file__).with_name("prepare_data.py")
+        command = [sys.executable, script, settings.dataset, f"--data_dir={settings.data_dir}"]
+        code = subprocess.run(command).returncode
         if code:
             raise Failure(f"the dataset {settings.dataset} could not be made", code)
 
-    ranks.on_rank_0(prepare_if_missing)
+    ranks.on_rank_0(make_if_missing)
     return Dataset(folder, settings.block_size, settings.tokenizer, settings.split_pattern)
+
+
+@contextlib.contextmanager
+def claimed_folder(settings: TrainConfig):
+    """Hold the lock of the run's folder. Raises Failure where a new run would overwrite another."""
+    folder = Path(settings.out_dir)
+    with locked(folder / "lock", f"{folder} is in use by another run; choose another --out_dir"):
+        has_run = (folder / "latest.pt").exists() or (folder / "best.pt").exists()
+        if has_run and settings.init_from != "resume" and not settings.overwrite:
+            choices = "continue it: --init_from=resume, keep it: --out_dir=ANOTHER"
+            raise Failure(f"{folder} already has a run; {choices}, lose it: --overwrite=True")
+        yield
 
 
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     """The run at its first step, or as its checkpoint left it. Raises Failure."""
-    path = Path(settings.out_dir) / "latest.pt"
-    saved = checkpoint.load(path) if settings.init_from == "resume" else None
-    if saved and "optimizers" not in saved:
-        raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
-    if saved:
+    saved = None
+    if settings.init_from == "resume":
+        saved = checkpoint.load(Path(settings.out_dir) / "latest.pt")
         check_same_run(saved, settings, dataset)
-    if ranks.device.type == "cpu":
-        hardware.keep_freed_memory()
+    hardware.keep_freed_memory()
     model = build_model(settings, dataset, saved).to(ranks.device)
     settings = resolve_auto(settings, ranks, model, saved)
     run = Run(settings, ranks, dataset, model, make_optimizers(model, settings, ranks))
@@ -333,11 +309,11 @@ MAY_CHANGE = frozenset(NAMES.split())
 
 
 def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
-    """Raise Failure where a checkpoint would not continue as the run it is from.
-
-    A setting that the checkpoint lacks counts as its default.
-    """
+    """Raise Failure where a checkpoint would not continue as the run it is from."""
     before, differing = saved["settings"], []
+    if "optimizers" not in saved:
+        path = Path(settings.out_dir) / "latest.pt"
+        raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
     for field in fields(settings):
         old, new = before.get(field.name, field.default), getattr(settings, field.name)
         if field.name not in MAY_CHANGE and old != new:
@@ -347,9 +323,9 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
         differing.append(f"tokenizer (was {tokenizer.name}, now {dataset.tokenizer.name})")
     if saved["dataset"] != dataset.fingerprint():
         differing.append(f"the files of dataset {settings.dataset} (was {before['dataset']})")
-    if saved["step"] > settings.max_steps:
-        steps = f"is at step {saved['step']}, and max_steps is {settings.max_steps}"
-        raise Failure(f"{settings.out_dir} {steps}")
+    step, max_steps = saved["step"], settings.max_steps
+    if step > max_steps:
+        raise Failure(f"{settings.out_dir} is at step {step}, and max_steps is {max_steps}")
     if differing:
         hint = "set them as they were, or start a new run with another --out_dir"
         others = ", ".join(differing)
@@ -362,14 +338,12 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | 
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
     if dtype == "auto":
-        can_bf16 = hardware.best_training_dtype(ranks.device) == "bfloat16"
-        dtype = before.get("dtype") or ("bfloat16" if ranks.min(can_bf16) else "float32")
+        dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
     if compiled == "auto":
         compiled = before.get("compile") or ("on" if hardware.can_compile(ranks.device) else "off")
-    same_memory = before and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
-    checkpointing = before.get("activation_checkpointing")
-    if not size and same_memory and checkpointing == settings.activation_checkpointing:
-        size = before["micro_batch_size"]
+    same_devices = before and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
+    if same_devices and before["activation_checkpointing"] == settings.activation_checkpointing:
+        size = size or before["micro_batch_size"]
     if not size:
         share = settings.step_sequences // ranks.world_size
         size = hardware.fitting_micro_batch_size(model, share, settings.block_size, dtype)
@@ -396,15 +370,13 @@ def build_model(settings: TrainConfig, dataset: Dataset, saved: dict | None) -> 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
     """The model to fine-tune. Raises Failure where it does not fit the dataset or the settings."""
-    name, tokens = settings.init_from, dataset.tokenizer
+    name, tokens, block_size = settings.init_from, dataset.tokenizer, settings.block_size
     model, tokenizer = checkpoint.open_hf(name, settings.dropout)
     if not tokenizer.same_ids(tokens):
         hint = f"make it again: python prepare_data.py NAME --source=PATH --tokenizer={name}"
-        reason = f"has the tokenizer {tokens.name}, not the one {name} was trained with"
-        raise Failure(f"dataset {settings.dataset} {reason}; {hint}")
-    if model.config.block_size < settings.block_size:
-        sizes = f"block_size {settings.block_size} exceeds the {model.config.block_size} of {name}"
-        raise Failure(f"{sizes}; lower it")
+        raise Failure(f"dataset {settings.dataset} has the tokenizer {tokens.name}; {hint}")
+    if block_size > model.config.block_size:
+        raise Failure(f"block_size {block_size} exceeds the {model.config.block_size} of {name}")
     return model
 
 
@@ -423,12 +395,12 @@ def describe(run: Run) -> str:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     flops = run.model.flops_per_token(settings.block_size)
     epochs = settings.max_steps * settings.batch_tokens / train_tokens
-    sequences = f"{settings.micro_batch_size} sequences of {settings.block_size}"
     return (
         f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP per token\n"
         f"data: {train_tokens:,} training tokens of {settings.dataset}; {settings.max_steps:,} "
         f"steps of {settings.batch_tokens:,} are {epochs:.2f} epochs\n"
-        f"batch: {sequences} x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
+        f"batch: {settings.micro_batch_size} sequences of {settings.block_size} "
+        f"x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
         f"on {settings.device} in {settings.dtype}"
     )
 
@@ -460,16 +432,17 @@ def train(run: Run) -> bool:
             if stop or is_last:
                 return is_last
 
-            learning_rate = set_learning_rates(run, step)
+            set_learning_rates(run, step)
             if settings.dropout:
                 torch.manual_seed(hash_numbers(settings.seed, step, ranks.rank))
             step_loss = torch.zeros((), device=ranks.device)
             for micro_step in range(run.micro_steps):
                 # DDP (which alone reads this flag) averages the gradients in the last backward
                 forward.require_backward_grad_sync = micro_step == run.micro_steps - 1
-                with autocast(settings.device, settings.dtype):
+                with hardware.autocast(settings.device, settings.dtype):
                     loss = forward(*batch).mean() / run.micro_steps
-                batch = micro_batch(run, step, micro_step + 1)  # while the device works
+                # While the device works; after the last micro-step, the next step's first batch
+                batch = micro_batch(run, step, micro_step + 1)
                 loss.backward()
                 step_loss += loss.detach()
             max_norm = settings.grad_clip or math.inf
@@ -480,7 +453,7 @@ def train(run: Run) -> bool:
             run.step = step + 1
             if run.step % settings.log_interval == 0 or step == first_step:
                 loss = ranks.sum(step_loss) / ranks.world_size
-                log_step(run, meter, loss.item(), grad_norm.item(), learning_rate)
+                log_step(run, meter, loss.item(), grad_norm.item())
 
 
 def parallelize(run: Run):
@@ -494,13 +467,9 @@ def parallelize(run: Run):
 
 
 def micro_batch(run: Run, step: int, micro_step: int):
-    """This rank's tokens and targets, each (micro_batch_size, block_size), on its device.
-
-    The ranks take turns through the step's sequences, so any number of ranks sees the same batch.
-    Past the last micro-step begins the next step.
-    """
+    """This rank's tokens and targets, each (micro_batch_size, block_size), on its device."""
     settings, windows = run.settings, run.dataset.train
-    turn = micro_step * run.ranks.world_size + run.ranks.rank
+    turn = micro_step * run.ranks.world_size + run.ranks.rank  # the ranks take turns
     first = step * settings.step_sequences + turn * settings.micro_batch_size
     indices = window_order(settings.seed, first, settings.micro_batch_size, len(windows))
     return to_device(windows[indices], run.ranks.device)
@@ -535,63 +504,54 @@ def check_finite(run: Run, **values: float):
     """Raise Failure before numbers that are not finite reach a checkpoint."""
     if not all(map(math.isfinite, values.values())):
         listed = ", ".join(f"{name} {value}" for name, value in values.items())
-        hint = "Try a lower --learning_rate or more --warmup_steps"
-        before = f"checkpoints in {run.folder}, if any, are from before. {hint}"
-        raise Failure(f"step {run.step}: {listed}: no longer finite;\n{before}", NOT_FINITE)
+        hint = "Checkpoints are from before. Try a lower --learning_rate or more --warmup_steps"
+        raise Failure(f"step {run.step}: {listed}: no longer finite.\n{hint}", NOT_FINITE)
 
 
-def log_step(run: Run, meter: log.Meter, loss: float, grad_norm: float, learning_rate: float):
+def log_step(run: Run, meter: log.Meter, loss: float, grad_norm: float):
     """Print a line about the step just done and add it to metrics.jsonl."""
     check_finite(run, loss=loss, gradient_norm=grad_norm)
     speed, words = meter.measure(run.step)
-    memory = hardware.memory_gib(run.ranks.device)
-    values = {"step": run.step, "loss": loss, "grad_norm": grad_norm}
-    run.record(**values, learning_rate=learning_rate, **speed, memory_gib=memory)
+    memory, rate = hardware.memory_gib(run.ranks.device), run.optimizers[0].param_groups[0]["lr"]
+    values = {"step": run.step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+    run.record(**values, **speed, memory_gib=memory)
     done = f"step {run.step:>6,} of {run.settings.max_steps:,}"
     run.print(" | ".join([done, f"loss {loss:.4f}", *words, f"{memory:.1f} GiB"]))
 
 
-# The optimizers and their schedule
-
-
 def make_optimizers(model: GPT, settings: TrainConfig, ranks: Ranks) -> list:
     """AdamW (Loshchilov & Hutter 2019), and Muon for the blocks' matrices if asked for."""
-    weight_decay, muon, parameters = settings.weight_decay, [], list(model.parameters())
-    if settings.optimizer == "muon":
-        matrices = model.matrices()
-        muon = [Muon(matrices, settings.muon_momentum, weight_decay, ranks.split)]
-        taken = {id(weight) for weight, _ in matrices}
-        parameters = [p for p in parameters if id(p) not in taken]
+    weight_decay, betas = settings.weight_decay, (settings.beta1, settings.beta2)
+    matrices = model.matrices() if settings.optimizer == "muon" else []
+    taken = {id(weight) for weight, _ in matrices}
+    parameters = [p for p in model.parameters() if id(p) not in taken]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (settings.beta1, settings.beta2)
-    return [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True), *muon]
+    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, settings.muon_momentum, weight_decay, ranks.split))
+    return optimizers
 
 
-def set_learning_rates(run: Run, step: int) -> float:
-    """Give each optimizer its learning rate for a step; return AdamW's."""
+def set_learning_rates(run: Run, step: int):
+    """Give each optimizer its learning rate for a step."""
     settings, share = run.settings, schedule(step, run.settings)
-    for optimizer in run.optimizers:
-        muon_peak = settings.muon_learning_rate if isinstance(optimizer, Muon) else 0.0
-        peak = muon_peak or settings.learning_rate
+    peaks = settings.learning_rate, settings.muon_learning_rate or settings.learning_rate
+    for optimizer, peak in zip(run.optimizers, peaks):  # AdamW, Muon
         for group in optimizer.param_groups:
             group["lr"] = share * peak
-    return share * settings.learning_rate
 
 
 def schedule(step: int, settings: TrainConfig) -> float:
-    """The learning rate's share of its peak: linear warm-up, a plateau, and the decay to min_lr.
-
-    Cosine: Loshchilov & Hutter 2017. A plateau, then a linear decay: Hägele et al. 2024.
-    """
+    """The learning rate's share of its peak: linear warm-up, a plateau, and the decay to min_lr."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     decay_steps = settings.decay_steps or settings.max_steps - settings.warmup_steps
     progress = max(0.0, 1 - (settings.max_steps - step) / max(1, decay_steps))  # 0 to 1
-    height = 1 - progress
-    if settings.decay == "cosine":
+    height = 1 - progress  # linear, after a plateau: Hägele et al. 2024
+    if settings.decay == "cosine":  # Loshchilov & Hutter 2017
         height = (1 + math.cos(math.pi * progress)) / 2
     lowest = settings.min_lr / (settings.learning_rate or 1.0)  # both can be 0
     return lowest + (1 - lowest) * height
@@ -604,8 +564,7 @@ def validate_and_keep_best(run: Run):
     """Validate, log the loss, and save best.pt where it is the best so far."""
     run.val_loss, run.val_step = validate(run), run.step
     check_finite(run, validation_loss=run.val_loss)
-    bits = bits_per_byte(run)
-    run.record(step=run.step, val_loss=run.val_loss, bits_per_byte=bits)
+    run.record(step=run.step, val_loss=run.val_loss, bits_per_byte=bits_per_byte(run))
     loss = f"validation loss {run.val_loss:.4f}"
     run.print(f"step {run.step:>6,} | {loss}, perplexity {log.perplexity(run.val_loss):.2f}")
     if run.val_loss < run.best_val_loss:
@@ -644,12 +603,11 @@ def validate(run: Run) -> float:
         rows = np.resize(indices, size)  # the last batch is filled up: no shape to compile anew
         tokens, targets = to_device(windows[rows], ranks.device)
         targets[len(indices) :] = -1
-        with autocast(settings.device, settings.dtype):
+        with hardware.autocast(settings.device, settings.dtype):
             total += run.model(tokens, targets).sum().item()
     run.model.train()
-    sums = torch.tensor([total, len(chosen) * settings.block_size], dtype=torch.float64)
-    total, scored = ranks.sum(sums).tolist()
-    return total / scored
+    total = ranks.sum(torch.tensor(total, dtype=torch.float64)).item()
+    return total / (count * settings.block_size)
 
 
 def bits_per_byte(run: Run) -> float:

@@ -1,9 +1,8 @@
 """Settings, expected errors and progress: what every script shares.
 
 A script has one dataclass of settings. Their values are the defaults, then those of recipe files
-from left to right, then `--name=value`; later wins. A recipe is data, never code: it is read with
-`ast` and holds a docstring, comments and lines `name = value`, where numbers may be arithmetic (8 *
-1024).
+from left to right, then `--name=value`; later wins. A recipe is data, never code: a docstring,
+comments and lines `name = value`, where numbers may be arithmetic (8 * 1024), read with `ast`.
 """
 
 import ast
@@ -37,8 +36,7 @@ def exit_on_failure():
     """An expected error inside ends the program with one message and its exit code, no traceback.
 
     torchrun ends all ranks once one has ended. So of an error that all ranks have, rank 0 prints
-    the message; the others wait first, and print only if rank 0 is still alive. A Failure without
-    a message is the error of another rank.
+    the message; the others wait first, and print only if rank 0 is still alive.
     """
     try:
         yield
@@ -55,7 +53,7 @@ def exit_on_failure():
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(10)
-    if message:
+    if message:  # else it is another rank's error
         source = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
         print(f"{source}: {message}", file=sys.stderr, flush=True)
     end_process(code)
@@ -82,26 +80,20 @@ def load(settings_class, arguments: list[str], positional: str = ""):
         if {"--help", "-h"} & set(arguments):
             print(help_text(settings_class, positional), flush=True)
             sys.exit(0)
-        values = {}
-        for argument in sorted(arguments, key=lambda a: a.startswith("-")):  # recipes come first
-            new = parse_argument(settings_class, argument, positional)
-            if not argument.startswith("-") and positional in new and positional in values:
-                raise Failure(f"{argument}: {positional} is already {values[positional]}")
-            values |= new
-        settings = settings_class(**values)
         try:
+            settings = settings_class(**parse(settings_class, arguments, positional))
             settings.check()
         except ValueError as error:
             raise Failure(str(error)) from None
         return settings
 
 
-def check_bounds(settings, low: float, names: str):
-    """Raise ValueError unless each of the named settings is at least `low` and below 2^63."""
+def check_bounds(settings, low: float, names: str, below: float = 2**63):
+    """Raise ValueError unless each of the named settings is at least `low` and below `below`."""
     for name in names.split():
-        if not low <= getattr(settings, name) < 2**63:
-            value = getattr(settings, name)
-            raise ValueError(f"{name} is {value} and must be at least {low} (and below 2^63)")
+        value = getattr(settings, name)
+        if not low <= value < below:
+            raise ValueError(f"{name} is {value} and must be at least {low} and below {below}")
 
 
 def check_choices(settings, **choices: str):
@@ -112,80 +104,71 @@ def check_choices(settings, **choices: str):
             raise ValueError(f"{name} is {value!r} and must be one of {', '.join(allowed)}")
 
 
-def parse_argument(settings_class, argument: str, positional: str) -> dict:
-    """The settings that one argument of the command line gives. Raises Failure."""
-    if argument.endswith(".py") and not argument.startswith("-"):
-        return read_recipe(Path(argument), settings_class)
-    if not argument.startswith("-"):
-        if positional:
-            return {positional: argument}
-        raise Failure(
-            f"{argument}: a recipe is a file like config/small.py, a setting is --name=value"
-        )
-    name, equals, text = argument.removeprefix("--").partition("=")
-    if not argument.startswith("--") or not equals:
-        raise Failure(f"{argument}: write --name=value (--help lists the names)")
-    return {name: convert(settings_class, name, text, f"--{name}", from_text=True)}
+def parse(settings_class, arguments: list[str], positional: str) -> dict:
+    """The settings that the arguments give. Raises ValueError; Failure in a recipe."""
+    values = {}
+    for argument in sorted(arguments, key=lambda a: a.startswith("-")):  # recipes come first
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and equals:
+            values[name] = convert(settings_class, name, text, from_text=True)
+        elif argument.endswith(".py"):
+            values |= read_recipe(Path(argument), settings_class)
+        elif positional and positional not in values and not argument.startswith("-"):
+            values[positional] = argument
+        else:
+            hint = "a recipe is a file like config/small.py, a setting is --name=value"
+            raise ValueError(f"{argument}: {hint} (--help lists the names)")
+    return values
 
 
 def read_recipe(path: Path, settings_class) -> dict:
     """The settings of a recipe file. Raises Failure at file:line for anything else."""
+    values, line = {}, 1
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        recipes = [p.name for p in Path(__file__).parent.glob("[!_]*.py")]
-        near = difflib.get_close_matches(path.name, recipes, 1)
-        hint = f"; did you mean config/{near[0]}?" if near else ""
-        raise Failure(f"{path}: there is no such recipe{hint}") from None
-    except (SyntaxError, ValueError) as error:
-        raise Failure(f"{path}:{getattr(error, 'lineno', None) or 1}: {error}") from None
-    values = {}
-    for node in tree.body:
-        where = f"{path}:{node.lineno}"
-        match node:
-            case ast.Expr(ast.Constant(str())):  # a docstring
-                continue
-            case ast.Assign([ast.Name(name)], value):
-                values[name] = convert(settings_class, name, evaluate(value, where), where)
-            case _:
-                raise Failure(f"{where}: a recipe holds only lines of the form name = value")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            line = node.lineno
+            match node:
+                case ast.Expr(ast.Constant(str())):  # a docstring
+                    continue
+                case ast.Assign([ast.Name(name)], value):
+                    values[name] = convert(settings_class, name, evaluate(value))
+                case _:
+                    raise ValueError("a recipe holds only lines of the form name = value")
+    except (SyntaxError, ValueError, TypeError, ArithmeticError) as error:
+        raise Failure(f"{path}:{getattr(error, 'lineno', None) or line}: {error}") from None
     return values
 
 
-def evaluate(node, where: str):
-    """The value of a literal, or of arithmetic on numbers. Raises Failure."""
-    try:
-        match node:
-            case ast.Constant(bool() | int() | float() | str() as value):
-                return value
-            case ast.UnaryOp(ast.USub(), operand):
-                return -evaluate(operand, where)
-            case ast.BinOp(left, operator, right) if type(operator) in OPERATORS:
-                values = evaluate(left, where), evaluate(right, where)
-                if not any(isinstance(value, str) for value in values):
-                    return OPERATORS[type(operator)](*values)
-    except (ArithmeticError, TypeError) as error:
-        raise Failure(f"{where}: {error}") from None
-    raise Failure(f"{where}: a value is a number, arithmetic on numbers, a string, True or False")
+def evaluate(node):
+    """The value of a literal, or of arithmetic on numbers. Raises ValueError or Python's error."""
+    match node:
+        case ast.Constant(bool() | int() | float() | str() as value):
+            return value
+        case ast.UnaryOp(ast.USub(), operand):
+            return -evaluate(operand)
+        case ast.BinOp(left, operator, right) if type(operator) in OPERATORS:
+            values = evaluate(left), evaluate(right)
+            if not any(isinstance(value, str) for value in values):
+                return OPERATORS[type(operator)](*values)
+    raise ValueError("a value is a number, arithmetic on numbers, a string, True or False")
 
 
-def convert(settings_class, name: str, value, where: str, from_text: bool = False):
-    """`value` as the type of setting `name`; from_text: as typed in a shell. Raises Failure."""
+def convert(settings_class, name: str, value, from_text: bool = False):
+    """`value` as the type of setting `name`; from_text: as typed in a shell. Raises ValueError."""
     types = {field.name: field.type for field in dataclasses.fields(settings_class)}
     if name not in types:
         near = difflib.get_close_matches(name, types, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise Failure(f"{where}: there is no setting {name}{hint}")
+        raise ValueError(f"there is no setting {name}{hint}")
     wanted = types[name]
     if from_text and wanted is not str:
         text = {"true": "True", "false": "False"}.get(value, value)
-        with contextlib.suppress(SyntaxError, Failure):  # then the check below fails
-            value = evaluate(ast.parse(text.strip(), mode="eval").body, where)
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, ArithmeticError):
+            value = evaluate(ast.parse(text, mode="eval").body)  # else the check below fails
     fits = type(value) is wanted or (wanted is float and type(value) is int)
     if not fits or (wanted is float and not math.isfinite(value)):
         words = {int: "a whole number", float: "a finite number", bool: "True or False"}
-        description = words.get(wanted, "a string in quotes")
-        raise Failure(f"{where}: {name} is {description}, not {value!r}")
+        raise ValueError(f"{name} is {words.get(wanted, 'a string in quotes')}, not {value!r}")
     return wanted(value)
 
 
@@ -202,7 +185,7 @@ def help_text(settings_class, positional: str) -> str:
     return "\n".join(lines)
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """How far a long task is, and the time left, on standard error after two seconds.
 
     with Progress("bytes read", total) as progress: progress.update(done); total 0 = unknown.
@@ -213,17 +196,13 @@ class Progress:
         self.started = time.monotonic()
         self.is_terminal = sys.stderr.isatty()
         self.next_time = self.started + 2
-        self.is_shown = False
-
-    def __enter__(self):
-        return self
 
     def update(self, done: int):
         """Show that `done` are done, at most five times per second; to a file, every 10 s."""
         now = time.monotonic()
         if now < self.next_time:
             return
-        self.next_time, self.is_shown = now + (0.2 if self.is_terminal else 10), True
+        self.next_time = now + (0.2 if self.is_terminal else 10)
         line = f"{done:,} {self.unit}"
         if self.total:
             seconds = (now - self.started) * (self.total - done) / max(done, 1)
@@ -232,5 +211,5 @@ class Progress:
         print(f"{start}{line:<70}", end=end, file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
-        if self.is_shown and self.is_terminal:
+        if self.is_terminal:
             print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)

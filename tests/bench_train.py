@@ -48,8 +48,7 @@ def main(settings: train.TrainConfig):
 def start_run(settings: train.TrainConfig) -> train.Run:
     """A run of these settings without a dataset."""
     ranks = train.Ranks(0, 1, hardware.find_device(settings.device))
-    if ranks.device.type == "cpu":
-        hardware.keep_freed_memory()
+    hardware.keep_freed_memory()
     shape = {field.name: getattr(settings, field.name) for field in fields(ModelShape)}
     model = GPT(GPTConfig(vocab_size=VOCAB_SIZE, **shape))
     model.init_weights(settings.seed)

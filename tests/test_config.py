@@ -95,10 +95,9 @@ def test_a_bad_recipe_is_refused_at_its_line(tmp_path, capsys, text, message):
         ("--steps=many", "steps is a whole number, not 'many'"),
         ("--rate=nan", "rate is a finite number, not 'nan'"),
         ("--loud=yes", "loud is True or False, not 'yes'"),
-        ("--steps", "write --name=value"),
+        ("--steps", "a setting is --name=value"),
         ("steps=3", "a recipe is a file"),
-        ("config/smal.py", "there is no such recipe; did you mean config/small.py?"),
-        ("one two", "two: name is already one"),
+        ("one two", "two: a recipe is a file"),
     ],
 )
 def test_a_bad_argument_is_refused(capsys, arguments, message):
@@ -129,16 +128,16 @@ BAD_SETTINGS = [
     ("train --n_head=5", "n_embd 768 must be a multiple of n_head 5"),
     ("train --batch_tokens=1000", "the nearest is 1024"),
     ("train --micro_batch_size=3", "must be a multiple of 3072"),
-    ("train --seed=9223372036854775808", "below 2^63"),
+    ("train --seed=9223372036854775808", "below 9223372036854775808"),
     ("train --learning_rate=-1", "learning_rate is -1.0"),
-    ("train --min_lr=1", "min_lr 1.0 must not exceed learning_rate 0.0006"),
-    ("train --warmup_steps=99999", "must not exceed max_steps 19073"),
-    ("train --decay_steps=19000", "warmup_steps 700 + decay_steps 19000 must not exceed"),
-    ("train --beta2=1.0", "beta2 is 1.0 and must be below 1"),
+    ("train --min_lr=1", "min_lr 1.0 exceeds learning_rate 0.0006"),
+    ("train --warmup_steps=99999", "exceed max_steps 19073"),
+    ("train --decay_steps=19000", "warmup_steps 700 + decay_steps 19000 exceed max_steps"),
+    ("train --beta2=1.0", "beta2 is 1.0 and must be at least 0 and below 1"),
     ("train --device=gpu", "device is 'gpu' and must be one of auto, cpu, cuda, mps"),
     ("train --optimizer=sgd", "optimizer is 'sgd' and must be one of adamw, muon"),
-    ("train --init_from=gpt2 --n_layer=2", "n_layer has no effect: gpt2 brings its own shape"),
-    ("train --init_from=typo", "'typo' is not one of scratch, resume, a folder, gpt2, or OWNER"),
+    ("train --init_from=gpt2 --n_layer=2", "n_layer has no effect: gpt2 has its own shape"),
+    ("train --init_from=typo", "typo is neither a folder nor OWNER/NAME on the"),
     ("sample --temperature=-1", "temperature is -1.0 and must be at least 0"),
     ("sample --top_p=1.1", "top_p is 1.1 and must be above 0 and at most 1"),
     ("sample --min_p=-0.1", "min_p is -0.1 and must be from 0 to 1"),
@@ -173,7 +172,7 @@ def test_bad_settings_are_refused_before_a_folder_is_made(tmp_path, monkeypatch,
     assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("rank, message", [("0", "--rate"), ("1", ", rank 1: --rate")])
+@pytest.mark.parametrize("rank, message", [("0", "rate is a"), ("1", ", rank 1: rate is a")])
 def test_an_error_of_all_ranks_is_printed_by_the_first(rank, message, monkeypatch, capsys):
     """The others wait, in which time torchrun ends them if rank 0 has ended."""
     slept = []
