@@ -42,9 +42,8 @@ def load(path: Path) -> dict:
         reason = "is damaged, or holds more than tensors and plain types"
         raise Failure(f"{path} {reason}", NO_CHECKPOINT) from None
     except Exception as error:  # torch raises many types for a cut, changed or foreign file
-        raise Failure(
-            f"{path} is damaged or no checkpoint: {error!r:.200}", NO_CHECKPOINT
-        ) from None
+        reason = f"is damaged or no checkpoint: {error!r:.200}"
+        raise Failure(f"{path} {reason}", NO_CHECKPOINT) from None
     if not isinstance(state, dict) or state.pop("checksum", "none") != checksum(state):
         raise Failure(f"{path} is damaged: it does not match its checksum", NO_CHECKPOINT)
     version = state.get("format_version", 0)

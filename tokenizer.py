@@ -49,16 +49,14 @@ class Tokenizer:
 
     def __post_init__(self):
         if self.pattern not in PATTERNS:
-            options = ", ".join(PATTERNS)
-            raise Failure(f"{self.name}: pattern {self.pattern!r} is none of {options}")
+            raise Failure(f"{self.name}: pattern {self.pattern!r} is none of {', '.join(PATTERNS)}")
         self.ids = dict(sorted(self.ids.items(), key=lambda entry: entry[1]))
         self.bytes_of = {number: token for token, number in self.ids.items()}
         numbers = {*self.bytes_of, self.end_of_text}
         if not set(BYTES) <= self.ids.keys() or len(numbers) <= len(self.ids):
             raise Failure(f"{self.name}: a tokenizer holds each of the 256 bytes, and no id twice")
         if min(numbers) < 0 or max(numbers) >= 2**31:
-            first, last = min(numbers), max(numbers)
-            raise Failure(f"{self.name}: ids are {first} to {last}, beyond 0 to 2147483647")
+            raise Failure(f"{self.name}: ids must be from 0 to 2147483647")
         ends, pattern = {END_OF_TEXT: self.end_of_text}, PATTERNS[self.pattern]
         self.encoding = tiktoken.Encoding(
             self.name, pat_str=pattern, mergeable_ranks=self.ids, special_tokens=ends
@@ -73,17 +71,14 @@ class Tokenizer:
     def from_text(cls, text: str, name: str, pattern: str) -> "Tokenizer":
         """The tokenizer in the text of a .tiktoken file. Raises Failure."""
         try:
-            lines = [(token, int(number)) for token, number in map(str.split, text.splitlines())]
-            numbers = dict(lines)
-            end_of_text = numbers.pop(END_OF_TEXT, None)
+            numbers = {token: int(number) for token, number in map(str.split, text.splitlines())}
+            if END_OF_TEXT not in numbers and {*numbers.values()} != {*range(len(numbers))}:
+                raise ValueError(f"ids are missing, and {END_OF_TEXT} has no line")
+            end_of_text = numbers.pop(END_OF_TEXT, len(numbers))
             ids = {base64.b64decode(token, validate=True): n for token, n in numbers.items()}
-            if len(ids) + (end_of_text is not None) < len(lines):
-                raise ValueError("a token occurs twice")
-            if end_of_text is None and {*ids.values()} != {*range(len(ids))}:
-                raise ValueError(f"ids below {len(ids)} are missing, and {END_OF_TEXT} has no line")
         except ValueError as error:
             raise Failure(f"{name}: not a .tiktoken file: {error}") from None
-        return cls(name, pattern, ids, len(ids) if end_of_text is None else end_of_text)
+        return cls(name, pattern, ids, end_of_text)
 
     @classmethod
     def from_record(cls, record: dict, text: str) -> "Tokenizer":
@@ -101,10 +96,9 @@ class Tokenizer:
         A text with a whole STRETCH of white space is cut into stretches, where tokens can differ.
         """
         text = normalize(text, self.pattern)
-        starts = range(0, len(text), STRETCH)
-        stretches = [text]
-        if any(text[start : start + STRETCH].isspace() for start in starts[: len(text) // STRETCH]):
-            stretches = [text[start : start + STRETCH] for start in starts]
+        stretches = [text[start : start + STRETCH] for start in range(0, len(text), STRETCH)]
+        if not any(stretch.isspace() for stretch in stretches[:-1]):
+            stretches = [text]
         encode = self.encoding.encode_to_numpy
         return np.concatenate([encode(stretch, disallowed_special=()) for stretch in stretches])
 
@@ -156,8 +150,7 @@ def count_pieces(texts: Iterable[str], pattern: str) -> Counter:
     split, counts = regex.compile(PATTERNS[pattern]), Counter()
     for text in texts:
         counts.update(split.findall(normalize(text, pattern)))
-    short = {piece.encode(): n for piece, n in counts.items() if len(piece) <= MAX_PIECE}
-    return Counter(short)
+    return Counter({piece.encode(): n for piece, n in counts.items() if len(piece) <= MAX_PIECE})
 
 
 def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
