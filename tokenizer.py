@@ -142,9 +142,6 @@ def pattern_of(record: dict) -> str:
     return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))
 
 
-# training
-
-
 def count_pieces(texts: Iterable[str], pattern: str) -> Counter:
     """Count the pieces, in UTF-8, into which the pattern splits texts; very long ones left out."""
     split, counts = regex.compile(PATTERNS[pattern]), Counter()
@@ -161,69 +158,60 @@ def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
     are vocab_size - 1 (end-of-text follows), or fewer if no pair is left to merge.
 
     Example: low 5 times, lower 2, newest 6, widest 3. The pairs "e s" and "s t" both occur 9 times,
-    and e (101) has a lower id than s (115): the first merge is "es". Now "es t" occurs 9 times,
-    more than any other: the second merge is "est".
+    and e has the lower id: the first merge is "es". Then "es t" occurs most often: "est" is next.
     """
     tokens, weights = list(BYTES), list(counts.values())
     pieces = [list(piece) for piece in counts]  # of token ids
-    pair_counts, pieces_with = count_pairs(pieces, weights)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
+    pair_counts, pieces_with, heap = count_pairs(pieces, weights)
     with Progress("merges", vocab_size - 257) as progress:
         while len(tokens) < vocab_size - 1 and (pair := most_frequent(heap, pair_counts)):
-            new_id, changes = len(tokens), Counter()
+            new_pairs = set()
             for index in pieces_with.pop(pair):
-                merge_pair(pieces[index], pair, new_id, weights[index], changes)
-                for new_pair in pairwise(pieces[index]):
-                    if new_id in new_pair:
-                        pieces_with[new_pair].add(index)
+                lost, gained = merge_pair(pieces[index], pair, len(tokens))
+                for old in lost:
+                    pair_counts[old] -= weights[index]
+                for new in gained:
+                    pair_counts[new] += weights[index]
+                    pieces_with[new].add(index)
+                new_pairs.update(gained)
             tokens.append(tokens[pair[0]] + tokens[pair[1]])
-            change_counts(changes, pair_counts, heap)
+            for new in new_pairs:
+                heapq.heappush(heap, (-pair_counts[new], new))
             progress.update(len(tokens) - 256)
     return tokens
 
 
-def count_pairs(pieces: list[list[int]], weights: list[int]) -> tuple[Counter, dict]:
-    """How often each pair of neighbours occurs, and the indices of the pieces with it."""
+def count_pairs(pieces: list[list[int]], weights: list[int]) -> tuple[Counter, dict, list]:
+    """How often each pair occurs, the indices of the pieces with it, the most frequent first."""
     pair_counts, pieces_with = Counter(), defaultdict(set)
     for index, piece in enumerate(pieces):
         for pair in pairwise(piece):
             pair_counts[pair] += weights[index]
             pieces_with[pair].add(index)
-    return pair_counts, pieces_with
+    return pair_counts, pieces_with, sorted((-n, pair) for pair, n in pair_counts.items())
 
 
 def most_frequent(heap: list, pair_counts: Counter) -> tuple[int, int] | None:
     """Pop the most frequent pair. Counts in the heap can be too high: merges have used some up."""
     while heap:
         count, pair = heapq.heappop(heap)
-        if -count == pair_counts[pair]:
+        if -count == pair_counts[pair] > 0:
             return pair
         if 0 < pair_counts[pair] < -count:
             heapq.heappush(heap, (-pair_counts[pair], pair))
     return None
 
 
-def change_counts(changes: Counter, pair_counts: Counter, heap: list):
-    for pair, change in changes.items():
-        pair_counts[pair] += change
-        if change > 0:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
-
-
-def merge_pair(piece: list[int], pair: tuple, new_id: int, weight: int, changes: Counter):
-    """Replace `pair` in `piece`, from the left, and add to `changes` what that does to counts."""
-    position = 0
+def merge_pair(piece: list[int], pair: tuple, new_id: int) -> tuple[list, list]:
+    """Replace `pair` in `piece`, from the left; return the pairs that this removes and makes."""
+    lost, gained, position = [], [], 0
     while position < len(piece) - 1:
         if piece[position] == pair[0] and piece[position + 1] == pair[1]:
-            before = piece[max(0, position - 1) : position + 3]
+            lost += pairwise(piece[max(0, position - 1) : position + 3])
             piece[position : position + 2] = [new_id]
-            after = piece[max(0, position - 1) : position + 2]
-            for old in pairwise(before):
-                changes[old] -= weight
-            for new in pairwise(after):
-                changes[new] += weight
+            gained += pairwise(piece[max(0, position - 1) : position + 2])
         position += 1
+    return lost, gained
 
 
 def normalize(text: str, pattern: str) -> str:
