@@ -29,7 +29,7 @@ def save(path: Path, state: dict):
         try:
             torch.save(state | {"checksum": checksum(state)}, file)
         except RuntimeError as error:  # torch hides the system's reason, mostly a full disk
-            raise OSError(f"{path} could not be written; disk full? ({error!r:.200})") from None
+            raise OSError(f"{path} was not written; is the disk full? ({error!r:.200})") from None
 
 
 def load(path: Path) -> dict:
@@ -39,8 +39,7 @@ def load(path: Path) -> dict:
     except FileNotFoundError:
         raise Failure(f"there is no checkpoint {path}", NO_CHECKPOINT) from None
     except pickle.UnpicklingError:  # its text says how to run the code inside
-        reason = "is damaged, or holds more than tensors and plain types"
-        raise Failure(f"{path} {reason}", NO_CHECKPOINT) from None
+        raise Failure(f"{path} is damaged or holds more than plain data", NO_CHECKPOINT) from None
     except Exception as error:  # torch raises many types for a cut, changed or foreign file
         reason = f"is damaged or no checkpoint: {error!r:.200}"
         raise Failure(f"{path} {reason}", NO_CHECKPOINT) from None

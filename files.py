@@ -136,9 +136,8 @@ def hub_snapshot(repo, patterns, is_complete=None, repo_type="model", revision=N
         mismatches = hub.HfApi().verify_repo_checksums(**source).mismatches
     except Exception as error:  # of the many types of its HTTP client and storage back ends
         advice = f"run this again with a network, or download {repo} by hand and name its folder"
-        raise Failure(
-            f"could not download {repo}: {error!r:.200};\n{advice}", INPUT_OUTPUT
-        ) from None
+        problem = f"could not download {repo}: {error!r:.200}"
+        raise Failure(f"{problem};\n{advice}", INPUT_OUTPUT) from None
     names = [mismatch["path"] for mismatch in mismatches]
     for name in names:  # the cache's own file, not the link to it, or the next call would take it
         (snapshot / name).resolve().unlink(missing_ok=True)

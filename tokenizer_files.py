@@ -14,6 +14,7 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_BYTES = 835_554
 HF_FILES = ["tokenizer.json", "tokenizer_config.json"]
 NORMALIZERS = {"qwen": {"type": "NFC"}}  # of a tokenizer.json with this pattern
+# what its "model" must not have, as it would give other ids
 OFF = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 
 
