@@ -29,8 +29,7 @@ def save(path: Path, state: dict):
         try:
             torch.save(state | {"checksum": checksum(state)}, file)
         except RuntimeError as error:  # torch hides the system's reason, mostly a full disk
-            reason = str(error).splitlines()[0]
-            raise OSError(f"{path} could not be written; is the disk full? ({reason})") from None
+            raise OSError(f"{path} was not written; is the disk full? ({error!r:.200})") from None
 
 
 def load(path: Path) -> dict:
@@ -38,23 +37,18 @@ def load(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        hint = "train a model first: python train.py config/small.py"
-        raise Failure(f"there is no checkpoint {path}; {hint}", NO_CHECKPOINT) from None
+        raise Failure(f"there is no checkpoint {path}", NO_CHECKPOINT) from None
+    except pickle.UnpicklingError:  # its text says how to run the code inside
+        raise Failure(f"{path} is damaged or holds more than plain data", NO_CHECKPOINT) from None
     except Exception as error:  # torch raises many types for a cut, changed or foreign file
-        reason = str(error).split("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):  # its text says how to run the code inside
-            reason = "it holds more than tensors and plain types"
-        raise Failure(
-            f"{path} is not a checkpoint, or is damaged: {reason}", NO_CHECKPOINT
-        ) from None
+        reason = f"is damaged or no checkpoint: {error!r:.200}"
+        raise Failure(f"{path} {reason}", NO_CHECKPOINT) from None
     if not isinstance(state, dict) or state.pop("checksum", "none") != checksum(state):
-        message = f"{path} is damaged: its content does not match its checksum"
+        raise Failure(f"{path} is damaged: it does not match its checksum", NO_CHECKPOINT)
+    version = state.get("format_version", 0)
+    if version not in range(FORMAT_VERSION + 1):
+        message = f"{path} has format_version {version}; this version reads {FORMAT_VERSION}"
         raise Failure(message, NO_CHECKPOINT)
-    if state.get("format_version", 0) not in range(FORMAT_VERSION + 1):
-        version = (
-            f"has format_version {state['format_version']}; this version reads {FORMAT_VERSION}"
-        )
-        raise Failure(f"{path} {version}", NO_CHECKPOINT)
     return state
 
 
@@ -63,7 +57,6 @@ def checksum(state) -> str:
     digest = hashlib.sha256()
 
     def visit(value):
-        """Add `value`, and all inside it, to the digest."""
         if isinstance(value, dict):
             for key in value:
                 digest.update(f"{key!r}:".encode())
@@ -99,8 +92,7 @@ def restore_model(state: dict, path: Path) -> GPT:
         model = GPT(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise Failure(f"{path} does not fit this version: {reason}", NO_CHECKPOINT) from None
+        raise Failure(f"{path} does not fit this version: {error!r:.200}", NO_CHECKPOINT) from None
     return model
 
 
@@ -119,7 +111,8 @@ def open_model(name: str, out_dir: str) -> tuple[GPT, Tokenizer]:
     is_on_hub = name in files.HUB_NAMES or (files.hub_repo(name) and not path.parent.is_dir())
     if name and ((path / "config.json").exists() or (is_on_hub and not path.exists())):
         return open_hf(name)
-    path = newest_checkpoint(path if name else None, Path(out_dir))
+    if not path.is_file() and path.suffix != ".pt":
+        path = newest_checkpoint(path if name else None, out_dir)
     state = load(path)
     model, tokenizer = restore_model(state, path), restore_tokenizer(state)
     loss = f", validation loss {state['val_loss']:.4f} at step {state.get('val_step', '?')}"
@@ -149,15 +142,12 @@ def open_hf(name: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def newest_checkpoint(path: Path | None, out_dir: Path) -> Path:
-    """A .pt file, or a run's latest.pt or else best.pt; without `path` the newest of all runs."""
-    if path and (path.is_file() or path.suffix == ".pt"):
-        return path
+def newest_checkpoint(run: Path | None, out_dir: str) -> Path:
+    """The latest.pt of a run, or else its best.pt; without `run` the newest of all in out_dir."""
     checkpoints = []
-    for folder in [path] if path else Path(os.path.expanduser(out_dir)).glob("*/"):
-        both = [folder / "latest.pt", folder / "best.pt"]  # a young run has best.pt only
-        checkpoints += [file for file in both if file.exists()][:1]
+    for folder in [run] if run else Path(os.path.expanduser(out_dir)).glob("*/"):
+        checkpoints += list(folder.glob("latest.pt")) or list(folder.glob("best.pt"))
     if not checkpoints:
         hint = "train a model first: python train.py config/small.py"
-        raise Failure(f"{path or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)
+        raise Failure(f"{run or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)
     return max(checkpoints, key=lambda file: file.stat().st_mtime)

@@ -78,12 +78,12 @@ def weight_files(folder: Path) -> list[Path]:
     path = folder / "model.safetensors"
     if path.exists() or not (folder / INDEX).exists():
         return [path]
-    weight_map = files.read_json(folder / INDEX).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    weight_map = files.read_json(folder / INDEX).get("weight_map", {})
+    names = sorted({str(name) for name in weight_map.values()})
     for name in names:  # a path could lead out of the folder
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\]+\.safetensors", name):
+        if not re.fullmatch(r"[^/\\]+\.safetensors", name):
             raise Failure(f"{folder / INDEX} names {name!r}, and not a .safetensors file beside it")
-    return [folder / name for name in sorted(set(names))]
+    return [folder / name for name in names]
 
 
 @torch.no_grad()
@@ -102,8 +102,6 @@ def load(folder: Path, dropout: float = 0.0) -> GPT:
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
                     fill(missing, name, file, path)
-        except FileNotFoundError:
-            raise Failure(f"{folder} has no {path.name}") from None
         except safetensors.SafetensorError as error:
             raise Failure(f"{path} is damaged: {error}") from None
     if missing:
@@ -127,9 +125,10 @@ def save(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.
     kind = {"model_type": config.arch, "torch_dtype": str(dtype).removeprefix("torch.")}
     weights = hf_layout(model)
     if config.arch == "gpt2" and not config.bias:
-        weights |= zero_biases(weights)
+        names = [name for name in weights if ".wte." not in name and ".wpe." not in name]
+        for name in names:  # a file of GPT-2 always has biases
+            weights[name.replace(".weight", ".bias")] = torch.zeros(weights[name].size(-1))
     weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "config.json", kind | FIXED[config.arch] | ends | shape)
     files.write_json(folder / "generation_config.json", ends)
     with files.atomic_file(folder / "model.safetensors") as file:
@@ -142,8 +141,6 @@ def save(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.
 def read_config(folder: Path, dropout: float) -> GPTConfig:
     """The shape in a folder's config.json. Raises Failure for another architecture."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise Failure(f"{folder} has no config.json")
     content = files.read_json(path)
     arch = str(content.get("model_type", "gpt2"))
     if arch not in FIXED:
@@ -155,10 +152,8 @@ def read_config(folder: Path, dropout: float) -> GPTConfig:
     if not all(type(value) is int and value > 0 for value in shape.values()):
         raise Failure(f"{path}: sizes must be whole numbers above 0, not {shape}")
     if arch == "qwen3":
-        tied = content.get("tie_word_embeddings", False)
-        if type(tied) is not bool:
-            raise Failure(f"{path}: tie_word_embeddings must be true or false, not {tied!r}")
-        shape |= {"rope_theta": read_rope_theta(content, path), "tie_embeddings": tied}
+        shape["rope_theta"] = read_rope_theta(content, path)
+        shape["tie_embeddings"] = content.get("tie_word_embeddings", False)
     try:
         return GPTConfig(arch=arch, dropout=dropout, **shape)
     except ValueError as error:
@@ -168,11 +163,10 @@ def read_config(folder: Path, dropout: float) -> GPTConfig:
 def read_rope_theta(content: dict, path: Path) -> float:
     """Return RoPE's base, from where transformers 5 or earlier versions write it."""
     rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta")}
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-    if rope not in ({"rope_theta": theta}, {"rope_theta": theta, "rope_type": "default"}):
-        raise Failure(f"{path}: RoPE {rope} is not supported, only rope_type 'default'")
-    if type(theta) not in (int, float):
-        raise Failure(f"{path}: rope_theta must be a number, not {theta!r}")
+    theta = rope.get("rope_theta")
+    is_default = {"rope_type": "default"} | rope == {"rope_type": "default", "rope_theta": theta}
+    if not is_default or type(theta) not in (int, float):
+        raise Failure(f"{path}: RoPE {rope} is not supported, only rope_theta without scaling")
     return theta
 
 
@@ -196,15 +190,6 @@ def qwen3_name(name: str) -> str:
     return f"{f'model.layers.{layer}.' if layer else ''}{QWEN3_NAMES[part]}.weight"
 
 
-def zero_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The biases of a file of GPT-2, which always has them."""
-    return {
-        name.replace(".weight", ".bias"): torch.zeros(weight.size(-1))
-        for name, weight in weights.items()
-        if not name.endswith((".wte.weight", ".wpe.weight"))
-    }
-
-
 def fill(missing: dict[str, torch.Tensor], name: str, file, path: Path):
     """Copy a tensor of a file into the weight of that name, and remove the name from `missing`.
 
@@ -215,8 +200,7 @@ def fill(missing: dict[str, torch.Tensor], name: str, file, path: Path):
         return
     tensor, weight = file.get_tensor(name), missing.pop(ours)
     if tensor.shape != weight.shape:
-        sizes = f"{tuple(tensor.shape)}, and config.json says {tuple(weight.shape)}"
-        raise Failure(f"{path}: {name} has shape {sizes}")
+        raise Failure(f"{path}: {name} has shape {[*tensor.shape]}, the model {[*weight.shape]}")
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Failure(f"{path}: {name} is {tensor.dtype}; float32, bfloat16, float16 are supported")
     weight.copy_(tensor)

@@ -49,16 +49,14 @@ class Tokenizer:
 
     def __post_init__(self):
         if self.pattern not in PATTERNS:
-            options = ", ".join(PATTERNS)
-            raise Failure(f"{self.name}: pattern {self.pattern!r} is none of {options}")
+            raise Failure(f"{self.name}: pattern {self.pattern!r} is none of {', '.join(PATTERNS)}")
         self.ids = dict(sorted(self.ids.items(), key=lambda entry: entry[1]))
         self.bytes_of = {number: token for token, number in self.ids.items()}
         numbers = {*self.bytes_of, self.end_of_text}
         if not set(BYTES) <= self.ids.keys() or len(numbers) <= len(self.ids):
             raise Failure(f"{self.name}: a tokenizer holds each of the 256 bytes, and no id twice")
         if min(numbers) < 0 or max(numbers) >= 2**31:
-            first, last = min(numbers), max(numbers)
-            raise Failure(f"{self.name}: ids are {first} to {last}, beyond 0 to 2147483647")
+            raise Failure(f"{self.name}: ids must be from 0 to 2147483647")
         ends, pattern = {END_OF_TEXT: self.end_of_text}, PATTERNS[self.pattern]
         self.encoding = tiktoken.Encoding(
             self.name, pat_str=pattern, mergeable_ranks=self.ids, special_tokens=ends
@@ -73,17 +71,14 @@ class Tokenizer:
     def from_text(cls, text: str, name: str, pattern: str) -> "Tokenizer":
         """The tokenizer in the text of a .tiktoken file. Raises Failure."""
         try:
-            lines = [(token, int(number)) for token, number in map(str.split, text.splitlines())]
-            numbers = dict(lines)
-            end_of_text = numbers.pop(END_OF_TEXT, None)
+            numbers = {token: int(number) for token, number in map(str.split, text.splitlines())}
+            if END_OF_TEXT not in numbers and {*numbers.values()} != {*range(len(numbers))}:
+                raise ValueError(f"ids are missing, and {END_OF_TEXT} has no line")
+            end_of_text = numbers.pop(END_OF_TEXT, len(numbers))
             ids = {base64.b64decode(token, validate=True): n for token, n in numbers.items()}
-            if len(ids) + (end_of_text is not None) < len(lines):
-                raise ValueError("a token occurs twice")
-            if end_of_text is None and {*ids.values()} != {*range(len(ids))}:
-                raise ValueError(f"ids below {len(ids)} are missing, and {END_OF_TEXT} has no line")
         except ValueError as error:
             raise Failure(f"{name}: not a .tiktoken file: {error}") from None
-        return cls(name, pattern, ids, len(ids) if end_of_text is None else end_of_text)
+        return cls(name, pattern, ids, end_of_text)
 
     @classmethod
     def from_record(cls, record: dict, text: str) -> "Tokenizer":
@@ -101,10 +96,9 @@ class Tokenizer:
         A text with a whole STRETCH of white space is cut into stretches, where tokens can differ.
         """
         text = normalize(text, self.pattern)
-        starts = range(0, len(text), STRETCH)
-        stretches = [text]
-        if any(text[start : start + STRETCH].isspace() for start in starts[: len(text) // STRETCH]):
-            stretches = [text[start : start + STRETCH] for start in starts]
+        stretches = [text[start : start + STRETCH] for start in range(0, len(text), STRETCH)]
+        if not any(stretch.isspace() for stretch in stretches[:-1]):
+            stretches = [text]
         encode = self.encoding.encode_to_numpy
         return np.concatenate([encode(stretch, disallowed_special=()) for stretch in stretches])
 
@@ -148,16 +142,12 @@ def pattern_of(record: dict) -> str:
     return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))
 
 
-# training
-
-
 def count_pieces(texts: Iterable[str], pattern: str) -> Counter:
     """Count the pieces, in UTF-8, into which the pattern splits texts; very long ones left out."""
     split, counts = regex.compile(PATTERNS[pattern]), Counter()
     for text in texts:
         counts.update(split.findall(normalize(text, pattern)))
-    short = {piece.encode(): n for piece, n in counts.items() if len(piece) <= MAX_PIECE}
-    return Counter(short)
+    return Counter({piece.encode(): n for piece, n in counts.items() if len(piece) <= MAX_PIECE})
 
 
 def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
@@ -168,69 +158,60 @@ def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
     are vocab_size - 1 (end-of-text follows), or fewer if no pair is left to merge.
 
     Example: low 5 times, lower 2, newest 6, widest 3. The pairs "e s" and "s t" both occur 9 times,
-    and e (101) has a lower id than s (115): the first merge is "es". Now "es t" occurs 9 times,
-    more than any other: the second merge is "est".
+    and e has the lower id: the first merge is "es". Then "es t" occurs most often: "est" is next.
     """
     tokens, weights = list(BYTES), list(counts.values())
     pieces = [list(piece) for piece in counts]  # of token ids
-    pair_counts, pieces_with = count_pairs(pieces, weights)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
+    pair_counts, pieces_with, heap = count_pairs(pieces, weights)
     with Progress("merges", vocab_size - 257) as progress:
         while len(tokens) < vocab_size - 1 and (pair := most_frequent(heap, pair_counts)):
-            new_id, changes = len(tokens), Counter()
+            new_pairs = set()
             for index in pieces_with.pop(pair):
-                merge_pair(pieces[index], pair, new_id, weights[index], changes)
-                for new_pair in pairwise(pieces[index]):
-                    if new_id in new_pair:
-                        pieces_with[new_pair].add(index)
+                lost, gained = merge_pair(pieces[index], pair, len(tokens))
+                for old in lost:
+                    pair_counts[old] -= weights[index]
+                for new in gained:
+                    pair_counts[new] += weights[index]
+                    pieces_with[new].add(index)
+                new_pairs.update(gained)
             tokens.append(tokens[pair[0]] + tokens[pair[1]])
-            change_counts(changes, pair_counts, heap)
+            for new in new_pairs:
+                heapq.heappush(heap, (-pair_counts[new], new))
             progress.update(len(tokens) - 256)
     return tokens
 
 
-def count_pairs(pieces: list[list[int]], weights: list[int]) -> tuple[Counter, dict]:
-    """How often each pair of neighbours occurs, and the indices of the pieces with it."""
+def count_pairs(pieces: list[list[int]], weights: list[int]) -> tuple[Counter, dict, list]:
+    """How often each pair occurs, the indices of the pieces with it, the most frequent first."""
     pair_counts, pieces_with = Counter(), defaultdict(set)
     for index, piece in enumerate(pieces):
         for pair in pairwise(piece):
             pair_counts[pair] += weights[index]
             pieces_with[pair].add(index)
-    return pair_counts, pieces_with
+    return pair_counts, pieces_with, sorted((-n, pair) for pair, n in pair_counts.items())
 
 
 def most_frequent(heap: list, pair_counts: Counter) -> tuple[int, int] | None:
     """Pop the most frequent pair. Counts in the heap can be too high: merges have used some up."""
     while heap:
         count, pair = heapq.heappop(heap)
-        if -count == pair_counts[pair]:
+        if -count == pair_counts[pair] > 0:
             return pair
         if 0 < pair_counts[pair] < -count:
             heapq.heappush(heap, (-pair_counts[pair], pair))
     return None
 
 
-def change_counts(changes: Counter, pair_counts: Counter, heap: list):
-    for pair, change in changes.items():
-        pair_counts[pair] += change
-        if change > 0:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
-
-
-def merge_pair(piece: list[int], pair: tuple, new_id: int, weight: int, changes: Counter):
-    """Replace `pair` in `piece`, from the left, and add to `changes` what that does to counts."""
-    position = 0
+def merge_pair(piece: list[int], pair: tuple, new_id: int) -> tuple[list, list]:
+    """Replace `pair` in `piece`, from the left; return the pairs that this removes and makes."""
+    lost, gained, position = [], [], 0
     while position < len(piece) - 1:
         if piece[position] == pair[0] and piece[position + 1] == pair[1]:
-            before = piece[max(0, position - 1) : position + 3]
+            lost += pairwise(piece[max(0, position - 1) : position + 3])
             piece[position : position + 2] = [new_id]
-            after = piece[max(0, position - 1) : position + 2]
-            for old in pairwise(before):
-                changes[old] -= weight
-            for new in pairwise(after):
-                changes[new] += weight
+            gained += pairwise(piece[max(0, position - 1) : position + 2])
         position += 1
+    return lost, gained
 
 
 def normalize(text: str, pattern: str) -> str:

@@ -1,13 +1,7 @@
-"""Tokenizers as files: by name, GPT-2's own, and Hugging Face's tokenizer.json in and out.
+"""Tokenizers as files: by name, GPT-2's own, and Hugging Face's tokenizer.json in and out."""
 
-A tokenizer.json lists its merges in the order in which they are made. Ours have ids alone, and the
-lower id merges first. `merged_ids` accepts a file only if both give every text the same ids.
-"""
-
-import hashlib
 import os
 import re
-import tempfile
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -19,20 +13,18 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tikto
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_BYTES = 835_554
 HF_FILES = ["tokenizer.json", "tokenizer_config.json"]
+NORMALIZERS = {"qwen": {"type": "NFC"}}  # of a tokenizer.json with this pattern
+# what its "model" must not have, as it would give other ids
+OFF = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def bpe_size(name: str) -> int:
     """N of bpe:N, 0 for another tokenizer. Raises ValueError for a name without meaning."""
-    kind, _, pattern = name.rpartition(":")
-    if kind.startswith("bpe:") and pattern in PATTERNS:
-        raise ValueError(f"tokenizer {name}: use --tokenizer={kind} --split_pattern={pattern}")
-    if re.fullmatch(r"bpe:[0-9]+", name):
-        if not 257 <= int(name[4:]) <= 1_000_000:
-            raise ValueError(f"tokenizer {name}: N is from 257 (bytes and end-of-text) to 1000000")
+    if re.fullmatch(r"bpe:[0-9]+", name) and 257 <= int(name[4:]) <= 1_000_000:
         return int(name[4:])
     is_model = files.hub_repo(name) or (name and Path(os.path.expanduser(name)).is_dir())
     if name != "bytes" and not name.endswith(".tiktoken") and not is_model:
-        kinds = "gpt2, bytes, bpe:N, a .tiktoken file, a Hugging Face folder or OWNER/NAME"
+        kinds = "gpt2, bytes, bpe:N (257 to 1000000), a .tiktoken file, a folder or OWNER/NAME"
         raise ValueError(f"tokenizer {name!r} is none of {kinds}")
     return 0
 
@@ -45,8 +37,10 @@ def load_tokenizer(name: str, pattern: str, downloads: Path) -> Tokenizer:
     """
     if name == "bytes":
         return Tokenizer.from_tokens(BYTES, name, choose_pattern(name, "gpt2", pattern))
-    path = gpt2_file(downloads) if name == "gpt2" else Path(os.path.expanduser(name))
-    if name != "gpt2" and path.suffix != ".tiktoken":
+    path = Path(os.path.expanduser(name))
+    if name == "gpt2":
+        path = files.fetch(GPT2_URL, downloads / "gpt2.tiktoken", GPT2_SHA256, GPT2_BYTES)
+    elif path.suffix != ".tiktoken":
         tokenizer = load_hf_tokenizer(files.model_folder(name, HF_FILES, has_hf_tokenizer), name)
         choose_pattern(name, tokenizer.pattern, pattern)
         return tokenizer
@@ -61,35 +55,17 @@ def choose_pattern(name: str, known: str, given: str) -> str:
     if known and given not in ("", known):
         raise Failure(f"tokenizer {name} splits text as {known}, not as --split_pattern={given}")
     if not known and not given:
-        options = ", ".join(PATTERNS)
-        raise Failure(f"tokenizer {name}: the file does not say --split_pattern ({options})")
+        raise Failure(f"tokenizer {name}: choose --split_pattern ({', '.join(PATTERNS)})")
     return known or given
 
 
 def known_pattern(path: Path) -> str:
     """How a .tiktoken file splits text, from its dataset's manifest or its hash, or ""."""
-    manifest = path.with_name("manifest.json")
-    if path.name == "tokenizer.tiktoken" and manifest.is_file():
-        record = files.read_json(manifest).get("tokenizer")
-        is_its = isinstance(record, dict) and record.get("sha256") == files.sha256_of(path)
-        return pattern_of(record) if is_its else ""
-    return "gpt2" if files.sha256_of(path) == GPT2_SHA256 else ""
-
-
-def gpt2_file(downloads: Path) -> Path:
-    """Return GPT-2's .tiktoken file: from `downloads`, tiktoken's own cache, or the network."""
-    path = downloads / "gpt2.tiktoken"
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
-    cached = Path(folder, hashlib.sha1(GPT2_URL.encode()).hexdigest())
-    if not path.exists() and cached.is_file() and files.sha256_of(cached) == GPT2_SHA256:
-        return cached
-    return files.fetch(GPT2_URL, path, GPT2_SHA256, GPT2_BYTES)
-
-
-# Hugging Face's tokenizer.json
-
-NORMALIZERS = {"qwen": {"type": "NFC"}}
-UNSUPPORTED = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    sha256 = files.sha256_of(path)
+    if sha256 == GPT2_SHA256:
+        return "gpt2"
+    record = read_optional(path.with_name("manifest.json")).get("tokenizer", {})
+    return pattern_of(record) if record.get("sha256") == sha256 else ""
 
 
 def has_hf_tokenizer(folder: Path) -> bool:
@@ -103,19 +79,17 @@ def load_hf_tokenizer(folder: Path, name: str) -> Tokenizer:
     Failure if ids could differ: another algorithm, pattern or normalizer, merges out of order.
     """
     if not has_hf_tokenizer(folder):
-        hint = "transformers makes one: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        raise Failure(f"{folder} has no tokenizer.json; {hint}")
+        raise Failure(f"{folder} has no tokenizer.json; transformers' save_pretrained writes it")
     try:
         settings = read_optional(folder / "tokenizer_config.json")
         if settings.get("add_prefix_space"):
             raise Failure(f"{folder}: add_prefix_space, a space before each text, is not supported")
-        special = {key: content_of(t) for key, t in settings.items() if key.endswith("_token")}
+        eos = settings.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
         vocab, merges, added, pattern = read_hf(folder)
-        ids = merged_ids(vocab, merges, {END_OF_TEXT, *added, *special.values()}, folder)
-        numbers = vocab | added
-        end_of_text = numbers.get(special.get("eos_token"), numbers.get(END_OF_TEXT))
-        if end_of_text is None:
-            end_of_text = read_optional(folder / "config.json").get("eos_token_id")
+        ids = merged_ids(vocab, merges, {END_OF_TEXT, eos, *added}, folder)
+        numbers, config = vocab | added, read_optional(folder / "config.json")
+        end_of_text = numbers.get(eos, numbers.get(END_OF_TEXT, config.get("eos_token_id")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Failure(f"{folder}: its tokenizer is damaged or of another kind: {error!r}") from None
     if type(end_of_text) is not int:
@@ -127,13 +101,11 @@ def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
     """A folder's vocabulary, its merges, the ids of added tokens, and the pattern."""
     file = files.read_json(folder / "tokenizer.json")
     model, pattern = file["model"], pattern_in(file.get("pre_tokenizer") or {}, folder)
-    odd = {name: model[name] for name in UNSUPPORTED if model.get(name)}
-    if model.get("type", "BPE") != "BPE":
-        odd["type"] = model["type"]
-    if file.get("normalizer") != NORMALIZERS.get(pattern):
-        odd["normalizer"] = file.get("normalizer")
-    for name, value in odd.items():
-        raise Failure(f"{folder}: a tokenizer whose {name} is {value!r} is not supported")
+    settings = {"type": "BPE"} | model | {"normalizer": file.get("normalizer")}
+    supported = {"type": "BPE", "normalizer": NORMALIZERS.get(pattern)} | dict.fromkeys(OFF)
+    for name, value in supported.items():
+        if (settings.get(name) or None) != value:
+            raise Failure(f"{folder}: a tokenizer of {name} {settings[name]!r} is not supported")
     added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
     for token in file.get("added_tokens", []):
         if not token["special"] and not re.fullmatch(r"<.+>", token["content"]):
@@ -144,8 +116,7 @@ def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
 
 def pattern_in(pre_tokenizer: dict, folder: Path) -> str:
     """The key in PATTERNS of how a tokenizer.json splits text. Raises Failure."""
-    is_sequence = pre_tokenizer.get("type") == "Sequence"
-    *splits, level = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
+    *splits, level = pre_tokenizer.get("pretokenizers", [pre_tokenizer])  # of a Sequence
     if level.get("type") != "ByteLevel" or level.get("add_prefix_space", True):
         raise Failure(f"{folder}: its tokenizer is not byte-level, or has add_prefix_space")
     uses_regex = level.get("use_regex", True)  # GPT-2's pattern is a part of the step ByteLevel
@@ -169,8 +140,6 @@ def merged_ids(vocab: dict, merges: list, special: set[str], folder: Path) -> di
     there "xqz" stays "xq z", as "x q" comes first and "xq z" is not listed; we would go on to
     "xqz", which has an id.
     """
-    if not all(type(number) is int for number in vocab.values()):
-        raise Failure(f"{folder}: an id in the vocabulary is not a whole number")
     characters = byte_characters()
     made = {*characters} | {left + right for left, right in merges}
     if others := vocab.keys() - made - special:
@@ -178,8 +147,7 @@ def merged_ids(vocab: dict, merges: list, special: set[str], folder: Path) -> di
     ids = {bytes(characters[c] for c in entry): vocab[entry] for entry in made}
     for merge, implied in zip_longest(merges, implied_merges(ids)):
         if [bytes(characters[c] for c in part) for part in merge] != implied:
-            reason = f"merge {' '.join(merge)!r} is out of order or never made"
-            raise Failure(f"{folder}: {reason}, so ids would differ")
+            raise Failure(f"{folder}: merge {' '.join(merge)!r} is out of order or never made")
     return ids
 
 
@@ -205,16 +173,14 @@ def last_merge(token: bytes, ids: dict[bytes, int]) -> list[bytes]:
 def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path):
     """Write tokenizer.json and tokenizer_config.json, with which transformers makes the same ids.
 
-    There, text that holds <|endoftext|> needs tokenizer(text, split_special_tokens=True). Raises
-    Failure if merges cannot make all tokens.
+    There, text that holds <|endoftext|> needs tokenizer(text, split_special_tokens=True).
     """
     characters = {byte: character for character, byte in byte_characters().items()}
     spelled = {token: "".join(characters[byte] for byte in token) for token in tokenizer.ids}
     vocab = {spelled[token]: number for token, number in tokenizer.ids.items()}
     merges = implied_merges(tokenizer.ids)
     if any(len(merge) > 2 for merge in merges) or END_OF_TEXT in vocab:
-        reason = f"merges do not make all of its tokens, or they make {END_OF_TEXT}"
-        raise Failure(f"{tokenizer.name} cannot be written as a tokenizer.json: {reason}")
+        raise Failure(f"{tokenizer.name} cannot be written as the merges of a tokenizer.json")
     end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -226,7 +192,6 @@ def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path):
     content["model"] = {"type": "BPE", "vocab": vocab | {END_OF_TEXT: tokenizer.end_of_text}}
     content["model"]["merges"] = [" ".join(spelled[part] for part in merge) for merge in merges]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "tokenizer.json", content)
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     files.write_json(folder / "tokenizer_config.json", settings | ends)
@@ -238,11 +203,6 @@ def byte_characters() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     characters = {chr(byte): byte for byte in printable}
     return characters | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def content_of(token) -> str:
-    """The text of a special token, which is written alone or among its properties."""
-    return str(token.get("content")) if isinstance(token, dict) else str(token)
 
 
 def read_optional(path: Path) -> dict:

@@ -1,7 +1,6 @@
 """Tokenizers: training, files, patterns, and Hugging Face folders in and out."""
 
 import base64
-import hashlib
 import json
 import random
 from collections import Counter
@@ -144,9 +143,8 @@ def test_bad_tokenizer_files_are_refused():
     assert tk.Tokenizer.from_text("\n".join(lines), "x", "gpt2").vocab_size == 257
     bad_files = [["hello"], lines[:-1], ["a b c"]]
     bad_files += [[*lines, line] for line in ("YWI= 300", "!!!! 256", "YQ== 256")]
-    for numbers in (["300", "301"], ["256"], ["-1"], ["2147483648"], ["x"]):
-        bad_files.append([*lines, "YWI= 256", *(f"{tk.END_OF_TEXT} {n}" for n in numbers)])
-    bad_files.append([*lines, "YR== 256", f"{tk.END_OF_TEXT} 300"])  # YR== decodes as YQ==
+    for number in ("256", "-1", "2147483648", "x"):
+        bad_files.append([*lines, "YWI= 256", f"{tk.END_OF_TEXT} {number}"])
     for bad in bad_files:
         refused("^x: ", tk.Tokenizer.from_text, "\n".join(bad), "x", "gpt2")
 
@@ -154,17 +152,15 @@ def test_bad_tokenizer_files_are_refused():
 def test_names_say_what_they_mean():
     assert tf.bpe_size("bpe:8192") == 8192
     assert {tf.bpe_size(name) for name in ("gpt2", "bytes", "a.tiktoken", "me/tiny", ".")} == {0}
-    for name in ("", "typo", "bpe:1", "bpe:x", "bpe:9999999", "a/b/c", "x.tiktokens", "./none"):
+    for name in ("", "typo", "bpe:1", "bpe:300:gpt4", "bpe:9999999", "a/b/c", "x.tik", "./none"):
         with pytest.raises(ValueError, match="^tokenizer"):
             tf.bpe_size(name)
-    with pytest.raises(ValueError, match="use --tokenizer=bpe:300 --split_pattern=gpt4"):
-        tf.bpe_size("bpe:300:gpt4")
 
 
 def test_the_pattern_of_a_file_is_known_or_asked_for(tmp_path):
     mine = trained(PROSE, 300, "gpt4")
     path = write(tmp_path / "mine.tiktoken", mine.to_text())
-    refused("does not say --split_pattern", load, path)
+    refused("choose --split_pattern", load, path)
     assert load(path, "gpt4").same_ids(mine)
     refused("pattern 'typo' is none of gpt2, gpt4, qwen", load, path, "typo")
     path = path.rename(tmp_path / "tokenizer.tiktoken")  # as in a dataset's folder
@@ -174,15 +170,12 @@ def test_the_pattern_of_a_file_is_known_or_asked_for(tmp_path):
     refused("there is no file", load, tmp_path / "none.tiktoken")
 
 
-def test_gpt2s_file_is_known_wherever_it_is(tmp_path, monkeypatch):
+def test_gpt2s_file_is_known(tmp_path, monkeypatch):
     gpt2 = trained(PROSE, 300)  # in place of the real one
     path = write(tmp_path / "downloads" / "gpt2.tiktoken", gpt2.to_text())
     monkeypatch.setattr(tf, "GPT2_SHA256", gpt2.record()["sha256"])
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     assert tf.load_tokenizer("gpt2", "", path.parent).same_ids(gpt2)
     assert load(path).same_ids(gpt2)
-    path.rename(tmp_path / hashlib.sha1(tf.GPT2_URL.encode()).hexdigest())  # tiktoken's cache
-    assert tf.load_tokenizer("gpt2", "", path.parent).same_ids(gpt2)
 
 
 def their_ids(folder, texts: list[str]) -> list[list[int]]:
@@ -263,10 +256,10 @@ LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 TWICE = [["th", "e"], ["t", "he"]]
 AS_TEXT = [{"id": 0, "content": "  ", "special": False}]
 DAMAGE = [
-    ({"normalizer": {"type": "NFC"}}, "whose normalizer is {'type': 'NFC'}"),
-    ({"split": "qwen", "normalizer": None}, "whose normalizer is None"),
-    ({"model__type": "Unigram"}, "whose type is 'Unigram'"),
-    ({"model__end_of_word_suffix": "</w>"}, "whose end_of_word_suffix is"),
+    ({"normalizer": {"type": "NFC"}}, "of normalizer {'type': 'NFC'}"),
+    ({"split": "qwen", "normalizer": None}, "of normalizer None"),
+    ({"model__type": "Unigram"}, "of type 'Unigram'"),
+    ({"model__end_of_word_suffix": "</w>"}, "of end_of_word_suffix '</w>'"),
     ({"pre_tokenizer": None}, "not byte-level"),
     ({"pre_tokenizer__add_prefix_space": True}, "add_prefix_space"),
     ({"pre_tokenizer": LEVEL}, "it splits text by none of gpt2, gpt4"),
@@ -276,9 +269,9 @@ DAMAGE = [
     ({"model": with_a_merge_never_made}, "merge 'x qz' is out of order or never made"),
     ({"model__vocab": lambda vocab: {t: vocab[t] for t in vocab if t != "!"}}, "KeyError"),
     ({"model__vocab": lambda vocab: vocab | {"!": vocab["?"]}}, "no id twice"),
-    ({"model__vocab": lambda vocab: vocab | {"!": "1"}}, "not a whole number"),
+    ({"model__vocab": lambda vocab: vocab | {"!": "1"}}, "damaged or of another kind"),
     ({"added_tokens": AS_TEXT}, "text can become the added token '  '"),
-    ({"model": None}, "AttributeError"),
+    ({"model": None}, "TypeError"),
 ]
 
 
@@ -290,7 +283,7 @@ def test_a_tokenizer_whose_ids_could_differ_is_refused(tmp_path, changes, messag
 
 def test_a_damaged_folder_is_refused(tmp_path):
     write(tmp_path / "vocab.json", "{}")  # of the older pair of files
-    refused("has no tokenizer.json; transformers makes one", tf.load_hf_tokenizer, tmp_path, "x")
+    refused("has no tokenizer.json; transformers", tf.load_hf_tokenizer, tmp_path, "x")
     write(tmp_path / "tokenizer.json", "[1]")
     refused("tokenizer.json holds a JSON list", tf.load_hf_tokenizer, tmp_path, "x")
     write(tmp_path / "tokenizer_config.json", '{"add_prefix_space": true}')
@@ -325,5 +318,5 @@ def test_tokens_that_merges_do_not_make_cannot_be_exported(tmp_path):
             tk.Tokenizer.from_tokens(tk.BYTES + tokens, "x", "gpt2"),
             tmp_path / "hf",
         )
-        refused("cannot be written as a tokenizer.json", tf.save_hf_tokenizer, tokenizer, folder)
+        refused("cannot be written as the merges", tf.save_hf_tokenizer, tokenizer, folder)
     assert not (tmp_path / "hf").exists()
