@@ -6,7 +6,6 @@ Gopher: Rae et al. 2021, appendix A.1.1. C4: Raffel et al. 2020, section 2.2.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
@@ -31,11 +30,10 @@ def clean_text(text: str, level: str, rules_off: frozenset[str] = frozenset()) -
     """
     text, lines = text if level == "none" else normalize(text), Counter()
     if level == "web":
-        text = drop_lines(text, rules_off, lines)
-    if not text or text.isspace():
-        return Cleaned(text, "empty", None, Counter())
-    if level != "web":
-        return Cleaned(text, "", None, lines)
+        text, lines = drop_lines(text, rules_off)
+    is_empty = not text.strip()
+    if is_empty or level != "web":
+        return Cleaned(text, "empty" if is_empty else "", None, lines)
     page = Page(text)
     for name, is_bad in RULES.items():
         if name not in rules_off and is_bad(page):
@@ -73,10 +71,9 @@ SYMBOLS = (  # no letters: the first and last as three bytes of UTF-8, and the b
     (0xEFBC9A, 0xEFBCA0, 3),
     (0xF09F00, 0xF09FFF, 4),  # emoji
 )
-WHITE_SPACE = (  # beyond ASCII, likewise
-    *((0xC28500, 0xC285FF, 2), (0xC2A000, 0xC2A0FF, 2), (0xE19A80, 0xE19A80, 3)),
-    *((0xE28080, 0xE2808A, 3), (0xE280A8, 0xE280A9, 3), (0xE280AF, 0xE280AF, 3)),
-    *((0xE2819F, 0xE2819F, 3), (0xE38080, 0xE38080, 3)),
+WHITE_SPACE = (  # beyond ASCII, likewise, of what `normalize` leaves
+    *((0xC2A000, 0xC2A0FF, 2), (0xE19A80, 0xE19A80, 3), (0xE28080, 0xE2808A, 3)),
+    *((0xE280AF, 0xE280AF, 3), (0xE2819F, 0xE2819F, 3), (0xE38080, 0xE38080, 3)),
 )
 HASHED_BYTES = 64  # the offset of a byte in its word counts modulo this
 BYTE_HASHES = mix64(np.arange(1, 256 * HASHED_BYTES + 1, dtype=np.uint64))  # [256 * offset + byte]
@@ -154,13 +151,11 @@ class HashSet:
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """The indices at which `hashes` holds a member."""
         indices = np.flatnonzero(self.table[hashes >> self.shift])
-        if not len(indices):
-            return indices
         nearest = np.searchsorted(self.hashes, hashes[indices]).clip(max=len(self.hashes) - 1)
         return indices[self.hashes[nearest] == hashes[indices]]
 
 
-# web: rules that drop lines. Each returns the text that is left
+# web: rules that drop lines. Each returns whether the line is bad
 
 BOILERPLATE = ["javascript", "terms of use", "privacy policy", "cookie policy"]  # in lower case
 BOILERPLATE += ["uses cookies", "use of cookies", "use cookies"]
@@ -168,42 +163,31 @@ SENTENCE_ENDS = (".", "!", "?", '"', "”")
 MIN_LINE_WORDS = 5
 
 
-def unfinished_lines(text: str) -> str:
-    """C4 drops lines of fewer than five words or without punctuation at the end."""
-
-    def is_finished(line: str) -> bool:
-        return line.rstrip().endswith(SENTENCE_ENDS) and len(line.split()) >= MIN_LINE_WORDS
-
-    return keep_lines(text, is_finished)
+def unfinished_lines(line: str) -> bool:
+    """C4: fewer than five words, or no punctuation at the end."""
+    return not line.rstrip().endswith(SENTENCE_ENDS) or len(line.split()) < MIN_LINE_WORDS
 
 
-def boilerplate_lines(text: str) -> str:
-    """C4 drops lines that mention JavaScript or a policy of the site."""
-    if not has_boilerplate(text):
-        return text
-    return keep_lines(text, lambda line: not has_boilerplate(line))
+def boilerplate_lines(line: str) -> bool:
+    """C4: a mention of JavaScript or of a policy of the site."""
+    line = line.lower()
+    return any(phrase in line for phrase in BOILERPLATE)
 
 
 LINE_RULES = {rule.__name__: rule for rule in (unfinished_lines, boilerplate_lines)}
 
 
-def drop_lines(text: str, rules_off: frozenset[str], dropped: Counter) -> str:
-    """Apply LINE_RULES; count the lines they drop in `dropped`."""
-    for name, rule in LINE_RULES.items():
-        kept = text if name in rules_off else rule(text)
-        if kept != text:
-            dropped[name] = text.count("\n") - kept.count("\n")
-        text = kept
-    return text
-
-
-def keep_lines(text: str, is_kept: Callable[[str], bool]) -> str:
-    return "\n".join(line for line in text.split("\n") if not line.strip() or is_kept(line))
-
-
-def has_boilerplate(text: str) -> bool:
-    text = text.lower()
-    return any(phrase in text for phrase in BOILERPLATE)
+def drop_lines(text: str, rules_off: frozenset[str]) -> tuple[str, Counter]:
+    """The text without bad lines, and how many there were, by rule."""
+    lines, dropped = text.split("\n"), Counter()
+    if not boilerplate_lines(text):  # so are most pages: faster than line by line
+        rules_off |= {"boilerplate_lines"}
+    for name, is_bad in LINE_RULES.items():
+        if name not in rules_off:
+            kept = [line for line in lines if not line.strip() or not is_bad(line)]
+            dropped += Counter({name: len(lines) - len(kept)})
+            lines = kept
+    return "\n".join(lines), dropped
 
 
 # web: rules that drop documents. Each returns whether the page is bad
@@ -224,8 +208,7 @@ class Page:
         is_white, continues = data <= SPACE, data & 0xC0 == 0x80  # continues a character in UTF-8
         starts = np.flatnonzero(is_white[:-1] & ~is_white[1:]) + 1
         self.words, self.word_characters = len(starts), np.count_nonzero(~is_white & ~continues)
-        has_letter = np.maximum.reduceat(IS_LETTER[data], starts) if len(starts) else starts
-        self.words_with_letter = np.count_nonzero(has_letter)
+        self.words_with_letter = np.count_nonzero(np.maximum.reduceat(IS_LETTER[data], starts))
         self.hashes, self.sizes = hash_words(text)  # of words without punctuation, (W,) each
         self.bytes = max(int(self.sizes.sum()), 1)
 
@@ -266,8 +249,6 @@ def ellipsis_lines(page: Page) -> bool:
 MIN_WORDS_WITH_LETTER = 0.8  # Gopher: share of words that hold a letter
 MIN_STOP_WORDS = 2  # Gopher: how many of STOP_WORDS occur
 STOP_WORDS = hash_words("the be to of and that have with")[0]
-MIN_SENTENCES = 3  # C4
-SENTENCE_END = re.compile("[.!?][\"”')]*(?=\\s|$)")
 
 
 def words_without_letters(page: Page) -> bool:
@@ -278,18 +259,21 @@ def stop_words(page: Page) -> bool:
     return sum(bool((page.hashes == word).any()) for word in STOP_WORDS) < MIN_STOP_WORDS
 
 
+# C4: pages without sentences, of code, and drafts
+MIN_SENTENCES = 3
+SENTENCE_END = re.compile("[.!?][\"”')]*(?=\\s|$)")
+
+
 def sentences(page: Page) -> bool:
     ends = islice(SENTENCE_END.finditer(page.text), MIN_SENTENCES)
     return len(list(ends)) < MIN_SENTENCES
 
 
 def curly_brackets(page: Page) -> bool:
-    """C4: such a page is code rather than text."""
     return "{" in page.text
 
 
 def lorem_ipsum(page: Page) -> bool:
-    """C4: such a page is a draft."""
     return "lorem ipsum" in page.text.lower()
 
 

@@ -1,9 +1,7 @@
 """GPT-2 and Qwen3, from tokens to loss or logits.
 
-Read from the top: the configuration, the attention and MLP of GPT-2, then those of Qwen3, the
-block, and the model. Names are GPT-2's where GPT-2 has such a part. Radford et al. 2019, "Language
-Models are Unsupervised Multitask Learners"; Yang et al. 2025, "Qwen3 Technical Report" (the dense
-model).
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Yang et al. 2025, "Qwen3
+Technical Report" (the dense model). Names are GPT-2's where GPT-2 has such a part.
 
 Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads of queries, K heads of keys and
 values, D head size, V vocabulary. A layer takes and returns x (B, T, C) unless it says otherwise.
@@ -16,7 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
+
+from config import check_bounds, check_choices
 
 
 @dataclass
@@ -38,28 +39,20 @@ class ModelShape:
 
     def check_shape(self):
         """Raise ValueError where no model can have this shape."""
-        if self.arch not in ARCHITECTURES:
-            raise ValueError(f"arch is {self.arch!r} and must be one of {', '.join(ARCHITECTURES)}")
-        minimum = dict(n_layer=1, n_head=1, n_embd=1, block_size=1)
-        minimum |= dict(n_kv_head=0, head_size=0, intermediate_size=0)
-        for name, low in minimum.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)} and must be at least {low}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout} and must be at least 0 and below 1")
+        check_choices(self, arch="gpt2 qwen3")
+        check_bounds(self, 1, "n_layer n_head n_embd block_size rope_theta")
+        check_bounds(self, 0, "n_kv_head head_size intermediate_size dropout")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout is {self.dropout} and must be below 1 (and at least 0)")
         if self.n_embd % self.n_head and not self.head_size:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
         if self.n_head % self.kv_heads:
-            raise ValueError(
-                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
-            )
-        if not 1 <= self.rope_theta < math.inf:
-            raise ValueError(f"rope_theta is {self.rope_theta} and must be at least 1")
+            message = f"must be a multiple of n_kv_head {self.n_kv_head}"
+            raise ValueError(f"n_head {self.n_head} {message}")
         if self.arch == "qwen3" and self.head_width % 2:
             raise ValueError(f"head_size {self.head_width} must be even: RoPE rotates pairs")
-        widths = (self.kv_heads, self.n_head * self.head_width, self.mlp_width)
-        gpt2_widths = (self.n_head, self.n_embd, 4 * self.n_embd)
-        if self.arch == "gpt2" and not (widths == gpt2_widths and self.tie_embeddings):
+        shape = (self.kv_heads, self.n_head * self.head_width, self.mlp_width, self.tie_embeddings)
+        if self.arch == "gpt2" and shape != (self.n_head, self.n_embd, 4 * self.n_embd, True):
             names = "n_kv_head, head_size, intermediate_size and tie_embeddings"
             raise ValueError(f"{names} can be chosen for qwen3 only")
 
@@ -76,9 +69,8 @@ class ModelShape:
     @property
     def mlp_width(self) -> int:
         """Width of the MLP. Qwen3's has three matrices; 8/3 gives it as many weights as GPT-2's."""
-        if self.intermediate_size:
-            return self.intermediate_size
-        return 4 * self.n_embd if self.arch == "gpt2" else round_up(self.n_embd * 8 / 3, 64)
+        default = 4 * self.n_embd if self.arch == "gpt2" else round_up(self.n_embd * 8 / 3, 64)
+        return self.intermediate_size or default
 
 
 @dataclass
@@ -100,18 +92,9 @@ def round_up(size: float, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
 
 
-class Linear(nn.Linear):
-    """torch's, left uninitialised: GPT.init_weights or a checkpoint fills the weights."""
-
-    def reset_parameters(self):
-        pass
-
-
-class Embedding(nn.Embedding):
-    """torch's, left uninitialised."""
-
-    def reset_parameters(self):
-        pass
+def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    """A layer without initial weights: GPT.init_weights or a checkpoint fills them."""
+    return skip_init(nn.Linear, inputs, outputs, bias=bias)
 
 
 def attend(q, k, v, dropout: float, cache=None):
@@ -137,16 +120,13 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.config = config
+        self.c_attn = linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one
+        self.c_proj = linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rope=None, cache=None):  # rope is Qwen3's
-        q, k, v = (y.unflatten(2, (self.n_head, -1)) for y in self.c_attn(x).chunk(3, dim=2))
-        y = attend(q, k, v, self.dropout if self.training else 0.0, cache)
-        return self.resid_dropout(self.c_proj(y))
+        q, k, v = (y.unflatten(2, (self.config.n_head, -1)) for y in self.c_attn(x).chunk(3, dim=2))
+        return self.c_proj(attend(q, k, v, self.config.dropout if self.training else 0.0, cache))
 
 
 class MLP(nn.Module):
@@ -154,30 +134,25 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.c_fc = linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 # Qwen3: the same two halves
 
 
-class RMSNorm(nn.Module):
-    """Divides x by the root of its mean square, in fp32. Zhang & Sennrich 2019."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+class RMSNorm(nn.RMSNorm):
+    """Divides x by the root of its mean square; torch's, in fp32. Zhang & Sennrich 2019."""
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), eps=1e-6).type_as(x)
 
 
 def rope_cache(config: GPTConfig):
-    """Rotary position embedding: cosine and sine of each position's angles, (block_size, 1, D).
+    """Rotary position embedding: each position's cosines and sines, (2, block_size, 1, D).
 
     At position p pair i turns by the angle p * rope_theta ** (-2 i / D). The tables hold each angle
     twice, for both members of a pair, and the sine is negative for the first.
@@ -186,7 +161,7 @@ def rope_cache(config: GPTConfig):
     exponents = -torch.arange(0, config.head_width, 2) / config.head_width  # (D / 2)
     angles = positions * config.rope_theta**exponents  # (block_size, 1, D / 2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def apply_rope(x, rope):
@@ -203,29 +178,25 @@ def apply_rope(x, rope):
 class GroupedQueryAttention(nn.Module):
     """Several queries share a key and a value (Ainslie et al. 2023); q and k are normalised.
 
-    Three layers, not one as in GPT-2: joining their gradients takes a GPU longer than two more
-    matrix products.
+    Three layers, not one: joining their gradients takes a GPU longer than two more products.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.head_width = config.head_width
-        self.dropout = config.dropout
-        self.c_q = Linear(config.n_embd, config.n_head * config.head_width, bias=False)
-        self.c_k = Linear(config.n_embd, config.kv_heads * config.head_width, bias=False)
-        self.c_v = Linear(config.n_embd, config.kv_heads * config.head_width, bias=False)
+        self.config = config
+        self.c_q = linear(config.n_embd, config.n_head * config.head_width)
+        self.c_k = linear(config.n_embd, config.kv_heads * config.head_width)
+        self.c_v = linear(config.n_embd, config.kv_heads * config.head_width)
         self.q_norm = RMSNorm(config.head_width)  # Dehghani et al. 2023
         self.k_norm = RMSNorm(config.head_width)
-        self.c_proj = Linear(config.n_head * config.head_width, config.n_embd, bias=False)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.c_proj = linear(config.n_head * config.head_width, config.n_embd)
 
     def forward(self, x, rope, cache=None):
         layers = (self.c_q, self.c_k, self.c_v)
-        q, k, v = (layer(x).unflatten(2, (-1, self.head_width)) for layer in layers)
+        q, k, v = (layer(x).unflatten(2, (-1, self.config.head_width)) for layer in layers)
         q = apply_rope(self.q_norm(q), rope)  # (B, T, H, D)
         k = apply_rope(self.k_norm(k), rope)  # (B, T, K, D)
-        y = attend(q, k, v, self.dropout if self.training else 0.0, cache)
-        return self.resid_dropout(self.c_proj(y))
+        return self.c_proj(attend(q, k, v, self.config.dropout if self.training else 0.0, cache))
 
 
 class SwiGLU(nn.Module):
@@ -233,18 +204,16 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate = Linear(config.n_embd, config.mlp_width, bias=False)  # Qwen3's gate_proj
-        self.c_fc = Linear(config.n_embd, config.mlp_width, bias=False)  # its up_proj
-        self.c_proj = Linear(config.mlp_width, config.n_embd, bias=False)  # its down_proj
-        self.dropout = nn.Dropout(config.dropout)
+        self.c_gate = linear(config.n_embd, config.mlp_width)  # Qwen3's gate_proj
+        self.c_fc = linear(config.n_embd, config.mlp_width)  # its up_proj
+        self.c_proj = linear(config.mlp_width, config.n_embd)  # its down_proj
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
 
 
 # The model
 
-ARCHITECTURES = {"gpt2": (CausalSelfAttention, MLP), "qwen3": (GroupedQueryAttention, SwiGLU)}
 MAX_LOGITS = 2**31  # computed at once: more need 64-bit indices, which are slower on a GPU
 
 
@@ -258,22 +227,23 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        attention, mlp = ARCHITECTURES[config.arch]
+        is_gpt2 = config.arch == "gpt2"
         self.ln_1 = make_norm(config)
-        self.attn = attention(config)
+        self.attn = CausalSelfAttention(config) if is_gpt2 else GroupedQueryAttention(config)
         self.ln_2 = make_norm(config)
-        self.mlp = mlp(config)
+        self.mlp = MLP(config) if is_gpt2 else SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope=None, cache=None):
-        x = x + self.attn(self.ln_1(x), rope, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.dropout(self.attn(self.ln_1(x), rope, cache))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
     """Embeddings, n_layer blocks, a last norm and the head. Weights are uninitialised at first.
 
     model(tokens, targets)            (B, T)     training: each target's loss
-    model.logits(tokens)              (B, T, V)  every position's scores for the next token
+    model.logits(tokens)              (B, T, V)  every position's scores of the next token, in fp32
     model.next_logits(tokens, cache)  (B, V)     decoding: the last position's, with a KV cache
     """
 
@@ -281,16 +251,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: recompute all but the blocks' inputs
-        self.wte = Embedding(config.padded_vocab_size, config.n_embd)  # of tokens
-        self.wpe = Embedding(config.block_size, config.n_embd) if config.arch == "gpt2" else None
+        self.wte = skip_init(nn.Embedding, config.padded_vocab_size, config.n_embd)  # of tokens
+        if config.arch == "gpt2":
+            self.wpe = skip_init(nn.Embedding, config.block_size, config.n_embd)  # of positions
+        else:  # stored: a compiler would recompute it in each layer
+            self.register_buffer("rope", rope_cache(config), persistent=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if config.arch == "qwen3":  # stored: a compiler would recompute them in each layer
-            cos, sin = rope_cache(config)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
         self.ln_f = make_norm(config)
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = linear(config.n_embd, config.padded_vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight  # Press & Wolf 2017
 
@@ -314,7 +283,6 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
     def logits(self, tokens):
-        """The scores of each next token, (B, T, V) in fp32, for tokens (B, T)."""
         return self.lm_head(self.hidden(tokens)).float()[..., : self.config.vocab_size]
 
     def next_logits(self, tokens, cache):
@@ -334,11 +302,11 @@ class GPT(nn.Module):
         if cache is None and self.config.block_size < T:
             raise ValueError(f"{T} tokens exceed the block_size of {self.config.block_size}")
         positions = cache.advance(T) if cache else torch.arange(T, device=tokens.device)
-        x = self.wte(tokens)  # (B, T, C)
-        if self.wpe is None:
-            rope = self.cos[positions], self.sin[positions]  # (T, 1, D) or (B, T, 1, D) each
+        x, rope = self.wte(tokens), None  # (B, T, C)
+        if self.config.arch == "gpt2":
+            x = x + self.wpe(positions)
         else:
-            x, rope = x + self.wpe(positions), None
+            rope = self.rope[:, positions]  # (2, T, 1, D) or (2, B, T, 1, D)
         x = self.drop(x)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -349,22 +317,22 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """Draw the initial weights on the CPU, each parameter's from (seed, its name).
-
-        So they do not depend on other parameters, the device or the rank.
+        """Draw the initial weights on the CPU, each parameter's from (seed, its name) alone.
 
         GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
         projections into the residual stream. Qwen3's c_proj weights, and lm_head where it is not
         tied, start at zero, so that each block begins as the identity.
         """
-        is_gpt2 = self.config.arch == "gpt2"
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        zeros = ".bias" if self.config.arch == "gpt2" else ("c_proj.weight", "lm_head.weight")
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight") and is_gpt2:
-                draw_normal(parameter, 0.02 / math.sqrt(2 * self.config.n_layer), seed, name)
-            elif name.endswith((".bias", "c_proj.weight", "lm_head.weight")):
+            if name.endswith(zeros):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                draw_normal(parameter, 0.02, seed, name)
+                std = residual_std if name.endswith("c_proj.weight") else 0.02
+                digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
             elif "ln_" in name or "_norm." in name:
                 nn.init.ones_(parameter)
             else:
@@ -382,14 +350,6 @@ class GPT(nn.Module):
         looked up. The second forward of activation checkpointing is not counted.
         """
         config = self.config
-        count = sum(parameter.numel() for parameter in self.parameters())
-        count -= self.wpe.weight.numel() if self.wpe is not None else 0
-        count -= 0 if config.tie_embeddings else self.wte.weight.numel()
+        looked_up = ["wpe.weight"] if config.tie_embeddings else ["wpe.weight", "wte.weight"]
+        count = sum(p.numel() for name, p in self.named_parameters() if name not in looked_up)
         return 6 * count + 12 * config.n_layer * config.n_head * config.head_width * T
-
-
-def draw_normal(parameter, std: float, seed: int, name: str):
-    """Fill a parameter with normal numbers that follow from (seed, name)."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))

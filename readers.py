@@ -7,7 +7,6 @@ import gzip
 import json
 import lzma
 import os
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,21 +22,15 @@ DOCUMENT_CHARACTERS = 2_000_000  # a longer text becomes several documents: boun
 LINE_CHARACTERS = 64_000_000  # a longer line of JSON or CSV is damage
 STANDARD_INPUT = Path("-")
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-DAMAGED = (EOFError, lzma.LZMAError, zlib.error)  # and OSError without errno
+DAMAGED = (EOFError, ValueError, lzma.LZMAError, zlib.error)  # ValueError: pyarrow's
 OPENERS = {
     ".gz": gzip.open,
     ".xz": lzma.open,
     ".bz2": bz2.open,
     ".zst": lambda file: load_pyarrow("a .zst file").CompressedInputStream(file, "zstd"),
 }
-BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-    codecs.BOM_UTF8: "utf-8",
-    b"": "utf-8",
-}
+# by their byte-order marks, UTF-32 first: its little-endian mark starts with that of UTF-16
+ENCODINGS = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 
 
 @dataclass
@@ -95,7 +88,7 @@ class Reader:
             before = self.done
             try:
                 yield from self.read_file(path)
-            except (UnicodeError, *DAMAGED, OSError) as error:
+            except (*DAMAGED, OSError) as error:
                 self.skip_error(error, path)
             self.done = before + size
 
@@ -118,15 +111,12 @@ class Reader:
         is_one = os.path.exists(os.path.expanduser(self.sources))  # a name may contain a comma
         for part in [self.sources] if is_one else filter(None, self.sources.split(",")):
             path = Path(os.path.expanduser(part))
-            if path == STANDARD_INPUT and not sys.stdin:
-                raise Failure(f"--{self.setting}=-: standard input is closed")
             is_path = path == STANDARD_INPUT or os.path.exists(path)
             matches = [path] if is_path else match_pattern(path)
             self.named.update(matches)
             files = [file for match in matches for file in self.walk(match)]
             if not files:
-                links = self.tally.documents["symbolic link"]
-                hint = f" ({links} symbolic links not followed; try '{path}/*')" if links else ""
+                hint = f" (links do not count; try '{path}/*')" if self.tally.documents else ""
                 raise Failure(f"--{self.setting}={path}: no such file, or an empty folder{hint}")
             yield from files
 
@@ -148,12 +138,11 @@ class Reader:
         """The format of a file: the setting, or by its suffix without that of a compression."""
         suffix = Path(path.stem).suffix if path.suffix.lower() in OPENERS else path.suffix
         if suffix == ".json" and path in self.named and not self.format:
-            choices = "--format=jsonl (one object per line) or --format=text (all of it)"
-            raise Failure(f"{path} may hold one document or many; add {choices}")
+            raise Failure(f"{path} may hold one text or many: add --format=text or --format=jsonl")
         return self.format or FORMATS.get(suffix.lower(), "text")
 
     def read_file(self, path: Path) -> Iterator[tuple[str, str]]:
-        """The documents of one file. Raises UnicodeError, OSError and DAMAGED, and Failure."""
+        """The documents of one file. Raises OSError, DAMAGED, and Failure."""
         file_format, opener = self.format_of(path), OPENERS.get(path.suffix.lower(), nullcontext)
         if file_format == "parquet":
             yield from self.read_parquet(path)
@@ -161,27 +150,27 @@ class Reader:
         source = 0 if path == STANDARD_INPUT else path  # a number is a file descriptor
         with open(source, "rb") as file, opener(file) as stream:
             block = stream.read(BLOCK_BYTES)
-            mark = next(mark for mark in BYTE_ORDER_MARKS if block.startswith(mark))
-            if BYTE_ORDER_MARKS[mark] == "utf-8" and b"\0" in block[:4096]:
-                # no error in a folder, where pictures lie beside texts
-                drop = self.skip if path in self.named else self.tally.drop
+            encoding = next((e for e in ENCODINGS if block.startswith("\ufeff".encode(e))), "utf-8")
+            if encoding == "utf-8" and b"\0" in block[:4096]:
+                drop = self.skip if path in self.named else self.tally.drop  # pictures in a folder
                 drop("binary", f"{path} is binary, not text: NUL bytes at its beginning")
                 return
             read = {"jsonl": self.read_jsonl, "csv": self.read_csv, "text": self.read_text}
-            yield from read[file_format](self.decode(block, mark, stream, file), path)
+            yield from read[file_format](self.decode(block, encoding, stream, file), path)
 
-    def decode(self, first: bytes, mark: bytes, stream, file) -> Iterator[str]:
+    def decode(self, first: bytes, encoding: str, stream, file) -> Iterator[str]:
         """The text of `stream`, whose `first` block was read; `file` is what it decompresses."""
-        encoding, before, position = BYTE_ORDER_MARKS[mark], self.done, len(mark)
         decoder = codecs.getincrementaldecoder(encoding)()
+        before, position = self.done, 0
         blocks = iter(lambda: stream.read(BLOCK_BYTES), b"")
-        for block in chain([first[len(mark) :]], blocks, [b""]):  # b"" ends the last character
-            position += len(block)
+        for block in chain([first], blocks, [b""]):  # b"" ends the last character
             try:
-                yield decoder.decode(block, final=not block)
+                text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:  # its object: the block, and what was left before
-                byte = position - len(error.object) + error.start
+                byte = position + len(block) - len(error.object) + error.start
                 raise UnicodeError(f"not {encoding} text: {error.reason} at byte {byte}") from None
+            yield text if position else text.removeprefix("\ufeff")  # the byte-order mark
+            position += len(block)
             self.done = before + (file.tell() if file.seekable() else 0)
 
     def read_text(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
@@ -189,18 +178,15 @@ class Reader:
         groups = groupby(lines_of(blocks), lambda line: line.strip() == separator)
         texts = (lines for is_separator, lines in groups if not is_separator)
         for text in texts if separator else [blocks]:
-            yield from ((piece, str(path)) for piece in pieces_of(text))
+            yield from pieces_of(text, str(path))
 
     def read_jsonl(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(lines_of(blocks), 1):
-            if not line.strip():
-                continue
             try:
-                record = json.loads(line)
+                if line.strip():
+                    yield from self.take_text(json.loads(line), path, number)
             except (ValueError, RecursionError) as error:
                 self.skip("broken line", f"{path}:{number}: not JSON: {error}")
-            else:
-                yield from self.take_text(record, path, number)
 
     def read_csv(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
         csv.field_size_limit(LINE_CHARACTERS)
@@ -214,30 +200,25 @@ class Reader:
                 return
 
     def read_parquet(self, path: Path) -> Iterator[tuple[str, str]]:
-        """One document per row, 256 rows in memory. Raises EOFError where the file is damaged."""
-        pyarrow, before, number = load_pyarrow("parquet"), self.done, 0
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                empty_row = dict.fromkeys(file.schema_arrow.names)
-                for batch in file.iter_batches(batch_size=256, columns=[self.text_field]):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield from self.take_text(empty_row | row, path, number)
-                    self.done = before + self.sizes[path] * number // file.metadata.num_rows
-        except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-            raise EOFError(error) from None
+        """One document per row, 256 rows in memory."""
+        before, number = self.done, 0
+        with load_pyarrow("parquet").parquet.ParquetFile(path) as file:
+            empty_row = dict.fromkeys(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=256, columns=[self.text_field]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield from self.take_text(empty_row | row, path, number)
+                self.done = before + self.sizes[path] * number // file.metadata.num_rows
 
     def take_text(self, record, path: Path, number: int) -> Iterator[tuple[str, str]]:
         """The documents of one row. Half a surrogate pair, which JSON can hold, becomes "?"."""
         record, where = record if isinstance(record, dict) else {}, f"{path}:{number}"
         text = record.get(self.text_field)
         if isinstance(text, str):
-            text = text.encode(errors="replace").decode()
-            yield from ((piece, where) for piece in pieces_of([text]))
+            yield from pieces_of([text.encode(errors="replace").decode()], where)
         else:
-            names = ", ".join(map(str, record)) or "none"
             message = f"{where}: no text in field {self.text_field!r} (--text_field)"
-            self.skip("missing field", f"{message}; its fields: {names}")
+            self.skip("missing field", f"{message}; its fields: {list(record)}")
 
 
 def match_pattern(pattern: Path) -> list[Path]:
@@ -262,7 +243,7 @@ def lines_of(blocks: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def pieces_of(blocks: Iterable[str]) -> Iterator[str]:
+def pieces_of(blocks: Iterable[str], where: str) -> Iterator[tuple[str, str]]:
     """The joined blocks as documents of at most DOCUMENT_CHARACTERS, cut at white space."""
     rest = ""
     for block in blocks:
@@ -271,9 +252,9 @@ def pieces_of(blocks: Iterable[str]) -> Iterator[str]:
             half = DOCUMENT_CHARACTERS // 2
             space = max(rest.rfind(white, half, DOCUMENT_CHARACTERS) for white in "\n ")
             end = space + 1 or DOCUMENT_CHARACTERS
-            yield rest[:end]
+            yield rest[:end], where
             rest = rest[end:]
-    yield rest
+    yield rest, where
 
 
 def load_pyarrow(purpose: str):
