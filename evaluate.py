@@ -11,9 +11,7 @@ The invariant: each token of a document but the end-of-text before it is scored 
 import json
 import math
 import os
-import re
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +28,9 @@ from dataset import SPLITS, Dataset
 from model import GPT
 from readers import Reader
 from tokenizer import Tokenizer
+
+GPU_TOKENS, CPU_TOKENS = 1 << 15, 1 << 11  # of a batch; the logits of each are V numbers
+SORTED_BATCHES = 64  # whose windows are sorted by length together
 
 
 @dataclass
@@ -58,15 +59,12 @@ def main(settings: EvaluateConfig):
     device = hardware.find_device(settings.device)
     model, tokenizer = checkpoint.open_model(settings.checkpoint, settings.out_dir)
     model.to(device).eval()
-    started = time.perf_counter()
     scores = score(model, read_documents(settings.text, tokenizer), settings)
     if not scores:
         raise Failure(f"{settings.text}: there is no text to score")
     result = summarize(scores)
     if not math.isfinite(result["nats_per_token"][0]):
         raise Failure("the model's losses are not finite: it was damaged in training", NOT_FINITE)
-    seconds = time.perf_counter() - started
-    result["tokens_per_second"] = round(result["tokens"] / seconds, 1)
     print(json.dumps(result) if settings.json else result_text(result))
 
 
@@ -77,37 +75,33 @@ class Score:
     where: str
     tokens: int  # without the end-of-text before it
     bytes: int
-    nats: float  # the sum of the tokens' losses
+    nats: float = 0.0  # the sum of the tokens' losses
 
 
 def summarize(scores: list[Score]) -> dict:
     """The figures over all documents, each with its standard error over documents."""
-    nats = [score.nats for score in scores]
-    loss, loss_error = ratio(nats, [score.tokens for score in scores])
-    bits, bits_error = ratio([n / math.log(2) for n in nats], [score.bytes for score in scores])
+    nats, tokens, sizes = np.array([(score.nats, score.tokens, score.bytes) for score in scores]).T
+    loss, loss_error = ratio(nats, tokens)
     perplexity = float(np.exp(loss))
-    by_loss = sorted(scores, key=lambda score: score.nats / score.tokens, reverse=True)
+    losses = [(score.nats / score.tokens, score.tokens, score.where) for score in scores]
+    names = ("nats_per_token", "tokens", "where")
     return {
         "documents": len(scores),
-        "tokens": sum(score.tokens for score in scores),
-        "bytes": sum(score.bytes for score in scores),
+        "tokens": int(tokens.sum()),
+        "bytes": int(sizes.sum()),
         "nats_per_token": (loss, loss_error),
         "perplexity": (perplexity, loss_error and perplexity * loss_error),
-        "bits_per_byte": (bits, bits_error),
-        "worst": [
-            {"nats_per_token": s.nats / s.tokens, "tokens": s.tokens, "where": s.where}
-            for s in by_loss[:10]
-        ],
+        "bits_per_byte": ratio(nats / math.log(2), sizes),
+        "worst": [dict(zip(names, values)) for values in sorted(losses, reverse=True)[:10]],
     }
 
 
-def ratio(values: list[float], sizes: list[float]) -> tuple[float, float | None]:
+def ratio(values: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:
     """sum(values) / sum(sizes) and its standard error over documents, None for one document.
 
     Cochran 1977, section 6.4: error = sqrt(n / (n - 1) * sum((value - mean * size)^2)) / sum(size).
     """
-    values, sizes, count = np.array(values), np.array(sizes), len(values)
-    mean = values.sum() / sizes.sum()
+    count, mean = len(values), values.sum() / sizes.sum()
     if count == 1:
         return float(mean), None
     squares = np.square(values - mean * sizes).sum() * count / (count - 1)
@@ -116,22 +110,19 @@ def ratio(values: list[float], sizes: list[float]) -> tuple[float, float | None]
 
 def result_text(result: dict) -> str:
     """The summary as lines for the screen."""
-    head = "{documents:,} documents, {tokens:,} tokens, {bytes:,} bytes; {tokens_per_second:,.0f}"
-    lines = [head.format(**result) + " tokens/s"]
+    lines = ["{documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(**result)]
     for name in ("nats_per_token", "perplexity", "bits_per_byte"):
         value, error = result[name]
         note = f" ± {error:.4f}" if error is not None else ""
         lines.append(f"{name.replace('_', ' '):<15} {value:9.4f}{note}")
     lines.append("± is the standard error over documents; the worst, in nats per token:")
-    for document in result["worst"]:
-        loss, tokens = document["nats_per_token"], document["tokens"]
-        lines.append(f"{loss:9.4f} {document['where']} ({tokens:,} tokens)")
-    return "\n".join(lines)
+    worst = "{nats_per_token:9.4f} {where} ({tokens:,} tokens)"
+    return "\n".join(lines + [worst.format(**document) for document in result["worst"]])
 
 
 def read_documents(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
     """Yield where each document is, its tokens after an end-of-text, and its bytes."""
-    name, split = re.fullmatch(r"(.+?)(?::(\w*))?", text).groups()  # not at the colon of C:\data
+    name, _, split = text.partition(":")
     folder = Path(os.path.expanduser(name))
     if (folder / "manifest.json").exists():
         yield from dataset_documents(folder, split or "val", tokenizer)
@@ -152,16 +143,10 @@ def dataset_documents(folder: Path, split: str, tokenizer: Tokenizer):
     if not dataset.tokenizer.same_ids(tokenizer):
         names = f"the tokenizer {dataset.tokenizer.name}, the model {tokenizer.name}"
         raise Failure(f"{folder} has {names}: it cannot score these tokens")
-    total, done = getattr(dataset, split).count_tokens(), 0
-    with Progress("tokens", total) as progress:
-        for where, tokens in dataset.documents(split):
-            yield where, tokens, len(tokenizer.decode(tokens[1:].tolist()))
-            done += len(tokens)
+    with Progress("documents", dataset.manifest["splits"][split]["documents"]) as progress:
+        for done, (where, tokens) in enumerate(dataset.documents(split)):
             progress.update(done)
-
-
-GPU_TOKENS, CPU_TOKENS = 1 << 15, 1 << 11  # of a batch; the logits of each are V numbers
-SORTED_BATCHES = 64  # whose windows are sorted by length together
+            yield where, tokens, len(tokenizer.decode(tokens[1:].tolist()))
 
 
 @torch.inference_mode()
@@ -174,47 +159,39 @@ def score(model: GPT, documents: Iterable, settings: EvaluateConfig) -> list[Sco
     dtype = hardware.best_dtype(device) if settings.dtype == "auto" else settings.dtype
     batch_tokens = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
     scores = []
-    windows = all_windows(documents, scores, context, stride)
+    windows = windows_of(documents, scores, context, stride)
     while chunk := list(islice(windows, max(1, SORTED_BATCHES * batch_tokens // context))):
-        chunk.sort(key=lambda window: -len(window[1]))  # little padding in each batch
-        start = 0
-        while start < len(chunk):
-            length = context if is_compiled else len(chunk[start][1])
+        chunk.sort(key=lambda window: len(window[1]), reverse=True)  # little padding in each batch
+        while chunk:
+            length = context if is_compiled else len(chunk[0][1])
             rows = max(1, batch_tokens // length)
-            batch = chunk[start : start + rows]
+            batch, chunk = chunk[:rows], chunk[rows:]
             shape = (rows if is_compiled else len(batch), length)  # compiled: one shape for all
             tokens, targets = (torch.from_numpy(x).to(device) for x in padded(batch, shape))
             with hardware.autocast(device.type, dtype):
                 sums = forward(tokens, targets).sum(1)
             for (document, _, _), nats in zip(batch, sums.tolist()):
                 document.nats += nats
-            start += rows
     return scores
 
 
-def all_windows(documents: Iterable, scores: list[Score], context: int, stride: int):
-    """Yield (Score, tokens, targets) for the windows of all documents; add a Score for each."""
-    for where, tokens, text_bytes in documents:
-        if len(tokens) > 1:
-            scores.append(Score(where, len(tokens) - 1, text_bytes, 0.0))
-            for window in windows_of(tokens, context, stride):
-                yield scores[-1], *window
+def windows_of(documents: Iterable, scores: list[Score], context: int, stride: int) -> Iterator:
+    """Add a Score for each document, and yield it with each window's tokens (T) and targets (T).
 
-
-def windows_of(tokens: np.ndarray, context: int, stride: int) -> Iterator:
-    """Windows of a document as tokens (T) and targets (T), -1 where an earlier window scored it.
-
-    Each starts `stride` after the one before; the last is moved back so that it is full. So from
-    the second window on, each target has at least context - stride tokens before it.
+    A target is -1 where an earlier window scored it. Windows start `stride` apart, the last is
+    moved back to be full: after the first, each target has context - stride or more tokens before.
     """
-    count, scored = len(tokens) - 1, 0
-    while scored < count:
-        start = max(0, min(scored - context + stride, count - context))
-        end = min(start + context, count)
-        targets = tokens[start + 1 : end + 1].copy()
-        targets[: scored - start] = -1
-        yield tokens[start:end], targets
-        scored = end
+    for where, tokens, text_bytes in documents:
+        count, scored = len(tokens) - 1, 0
+        if count:
+            scores.append(Score(where, count, text_bytes))
+        while scored < count:
+            start = max(0, min(scored - context + stride, count - context))
+            end = min(start + context, count)
+            targets = tokens[start + 1 : end + 1].copy()
+            targets[: scored - start] = -1
+            yield scores[-1], tokens[start:end], targets
+            scored = end
 
 
 def padded(batch: list, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -63,7 +63,7 @@ def main(settings: BenchConfig):
     if settings.cold:
         bench_scoring(model, settings, device)
     bench_plain(model, settings, device)
-    sample.prepare_to_decode(model, device, getattr(torch, hardware.best_dtype(device)))
+    sample.prepare_to_decode(model, device, "auto")
     for compiled in compile_choices(device):
         for rows in sorted({1, settings.rows}):
             bench_decoding(model, settings, rows, compiled)

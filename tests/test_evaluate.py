@@ -35,7 +35,7 @@ def random_documents(*lengths) -> list[tuple[str, np.ndarray, int]]:
 @pytest.mark.parametrize("stride", [1, 3, 10])
 def test_windows_score_each_token_once_with_enough_context(count, stride):
     scored = []
-    for tokens, targets in windows_of(np.arange(count + 1), 10, stride):
+    for _, tokens, targets in windows_of([("", np.arange(count + 1), 0)], [], 10, stride):
         assert len(tokens) == len(targets) <= 10
         for token, target in zip(tokens, targets):
             if target >= 0:
@@ -48,7 +48,7 @@ def test_windows_score_each_token_once_with_enough_context(count, stride):
 def nats_alone(logits_of, tokens, context, stride) -> float:
     """The nats of a document from the logits of each window by itself."""
     total = 0.0
-    for window, targets in windows_of(tokens, context, stride):
+    for _, window, targets in windows_of([("", tokens, 0)], [], context, stride):
         logits, targets = logits_of(torch.tensor(window)[None]).cpu()[0], torch.tensor(targets)
         total += F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum").item()
     return total

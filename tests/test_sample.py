@@ -152,7 +152,7 @@ def test_choosing_at_the_bounds():
 def shown(data, ends=False, **options) -> tuple[list[str], Completion]:
     """What is shown, token by token, of bytes that a model generates."""
     tokenizer = Tokenizer("gaps", "gpt2", {byte: n for n, byte in enumerate(BYTES)}, 400)
-    completion, texts = Completion(tokenizer, SampleConfig(**options)), []
+    completion, texts = Completion(tokenizer, SampleConfig(**options), {}, 0, None), []
     for token in [*data, *([400] if ends else [])]:
         if not completion.ended:
             completion.add(token, -1.0)
@@ -179,7 +179,6 @@ def test_a_stop_text_is_not_shown_nor_its_beginning():
 def test_a_completion_ends_at_its_length_or_at_end_of_text():
     assert shown(b"abcdef", max_new_tokens=4)[0] == ["a", "b", "c", "d"]
     record = shown(b"ab", ends=True)[1].to_dict()
-    assert record.pop("tokens_per_second") > 0
     assert record == dict(text="ab", tokens=2, mean_logprob=-1.0, ended="end of text")
     assert shown(b"", ends=True)[1].to_dict()["mean_logprob"] is None
     assert shown([97, 300, 98])[0] == ["a", "", "b"]  # 300 has no meaning
@@ -188,10 +187,10 @@ def test_a_completion_ends_at_its_length_or_at_end_of_text():
 def test_the_script_continues_a_prompt_from_the_newest_run(trained, tmp_path):
     options = ["--prompt=Chapter é\udcff", "--max_new_tokens=20"]  # a byte that is not UTF-8
     result = run("sample.py", f"--out_dir={trained}", "--device=cpu", *options)
-    assert result.stdout.startswith("Chapter é?") and "latest.pt: step 12" in result.stderr
+    assert result.stdout.startswith("Chapter é\ufffd") and "latest.pt: step 12" in result.stderr
     changes = [f"--checkpoint={trained / 'tiny'}", "--seed=2"]
     same, other = (output_of(trained, *options, change).stdout for change in changes)
-    assert same.replace("\udcff", "?") == result.stdout != other.replace("\udcff", "?")
+    assert same == result.stdout != other
     for name, time in (("a", 1), ("b", 3), ("c", 2)):
         path = write(tmp_path / name / "best.pt", (trained / "tiny" / "best.pt").read_bytes())
         os.utime(path, (time, time))
@@ -223,7 +222,7 @@ def test_a_file_of_prompts(trained, tmp_path):
     assert [(r["id"], r["sample"]) for r in records] == [("a", 0), ("a", 1), (2, 0), (2, 1)]
     assert "Chapter 1" + records[0]["text"] + "\n" == one
     assert records[0]["tokens"] == 9 and records[0]["ended"] == "length"
-    assert records[0]["mean_logprob"] < 0 < records[0]["tokens_per_second"]
+    assert records[0]["mean_logprob"] < 0
 
 
 BAD_LINES = ["{", "[]", "{}", '{"prompt": 3}', '"x"', '{"prompt": "\\ud800"}', "[" * 100_000]
@@ -231,7 +230,7 @@ BAD_LINES = ["{", "[]", "{}", '{"prompt": 3}', '"x"', '{"prompt": "\\ud800"}', "
 
 def test_bad_prompts_are_refused(tmp_path):
     cases = [("jsonl", line.encode(), ":1: a line is") for line in BAD_LINES]
-    cases += [("txt", b"\n\n", " has no prompt"), ("txt", b"\xff", " is not UTF-8")]
+    cases += [("txt", b"\n\n", " has no prompt"), ("txt", b"\xff", ":1: a line is text in UTF-8")]
     for suffix, content, message in cases:
         path = write(tmp_path / f"x.{suffix}", content)
         refused(f"{path}{message}", sample.read_prompts, SampleConfig(prompts=str(path)))
@@ -239,9 +238,7 @@ def test_bad_prompts_are_refused(tmp_path):
 
 def test_what_exceeds_the_context_is_said(trained):
     error = output_of(trained, "--prompt=" + "x" * 50, "--max_new_tokens=2").stderr
-    assert "of the prompt's 51 tokens the model sees the last 32" in error
-    error = output_of(trained, "--prompt=x", "--max_new_tokens=60").stderr
-    assert "after 32 tokens the model continues from the last 16" in error
+    assert "the last 16 to 32: 51 tokens of a prompt and up to 2 new ones exceed" in error
     for prompt, new in (("x" * 31, 1), ("x" * 30, 2)):
         result = output_of(trained, f"--prompt={prompt}", f"--max_new_tokens={new}")
         assert "the model" not in result.stderr
