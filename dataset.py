@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Failure
+from config import Failure, Progress
 from files import read_json, sha256_of
 from hashing import hash_numbers, mix64
 from tokenizer import Tokenizer
@@ -25,7 +25,16 @@ from tokenizer_files import load_tokenizer
 
 SPLITS = ("train", "val")
 MANIFEST_VERSION = 1  # a manifest without format_version is older
-ENTRIES = {"made_from", "tokenizer", "splits", "documents", "bytes"}  # of every manifest
+SHARD = {"file": str, "tokens": int, "sha256": str}
+SPLIT = {"documents": int, "bytes": int, "tokens": int, "shards": [SHARD]}
+MANIFEST = {  # what each manifest has at least, and of which type
+    "made_from": dict,  # settings of prepare_data.py
+    "tokenizer": {"name": str, "sha256": str},
+    "splits": {"train": SPLIT, "val": SPLIT},
+    "documents": {"in": int, "kept": int, "dropped": dict},  # dropped: by reason
+    "bytes": {"in": int, "kept": int, "dropped": dict},
+}
+HASHED_BYTES = 2_000_000_000  # smaller datasets are hashed whole at each start
 
 # The shard format of llm.c, modded-nanogpt and the public FineWeb shards: 256 little-endian int32
 # of header (magic, version, number of tokens, zeros), then the tokens.
@@ -61,12 +70,11 @@ class Dataset:
     def open_split(self, split: str) -> "Windows":
         """The windows of one split. Raises Failure if the manifest gives a shard another length."""
         paths = self.shard_paths(split)
-        windows = Windows(paths, self.block_size, self.tokenizer.vocab_size)
-        records = self.manifest["splits"][split]["shards"] if self.manifest else []
-        for path, shard, record in zip(paths, windows.shards, records):
-            if len(shard) != record["tokens"]:
-                count = record["tokens"]
-                raise Failure(f"{path} has {len(shard)} tokens, but manifest.json says {count}")
+        windows = Windows(paths, self.block_size)
+        for shard, record in zip(windows.shards, self.records(split)):
+            if shard.count != record["tokens"]:
+                found, expected = shard.count, record["tokens"]
+                raise Failure(f"{shard.path} has {found} tokens, but manifest.json says {expected}")
         if not len(windows):
             size = self.block_size + 1
             message = f"less than one window of {size} {split} tokens; lower block_size"
@@ -76,21 +84,53 @@ class Dataset:
     def shard_paths(self, split: str) -> list[Path]:
         """The shards of one split: those of the manifest, or by their names where there is none."""
         if self.manifest:
-            records = self.manifest["splits"][split]["shards"]
-            return [self.folder / record["file"] for record in records]
+            return [self.folder / record["file"] for record in self.records(split)]
         names = (f"*_{split}_[0-9]*.bin", f"*_{split}.bin")
         paths = sorted(path for name in names for path in self.folder.glob(name))
         if not paths:
             raise Failure(f"{self.folder} has no shards named like fineweb_{split}_000001.bin")
         return paths
 
+    def records(self, split: str) -> list[dict]:
+        """The manifest's records of a split's shards."""
+        return self.manifest["splits"][split]["shards"] if self.manifest else []
+
+    def verify(self, hash_all: bool, is_known: bool):
+        """Raise Failure where a shard is not the manifest's, or has an id beyond its tokenizer's.
+
+        hash_all: compare the content of shards also where they have HASHED_BYTES or more.
+        is_known: shards without a manifest were verified before, as their fingerprint shows.
+        """
+        shards = self.train.shards + self.val.shards
+        records = self.records("train") + self.records("val") or [{} for _ in shards]
+        total, done = sum(shard.bytes for shard in shards), 0
+        hash_all = hash_all or total < HASHED_BYTES
+        with Progress("bytes verified", total) as progress:
+            for shard, record in zip(shards, records):
+                if record and hash_all and sha256_of(shard.path) != record["sha256"]:
+                    raise Failure(f"{shard.path} is not the shard that manifest.json was made with")
+                largest_id = record.get("largest_id")
+                if type(largest_id) is not int and (record or not is_known):
+                    largest_id = shard.largest_id()
+                if (largest_id or 0) >= self.tokenizer.vocab_size:
+                    message = f"has token {largest_id}, its tokenizer {self.tokenizer.vocab_size}"
+                    hint = "name the one it was made with (--tokenizer)"
+                    raise Failure(f"{shard.path} {message} entries; {hint}")
+                done += shard.bytes
+                progress.update(done)
+
     def fingerprint(self) -> str:
-        """Identifies the data: a hash of the manifest's shard records, or of names and sizes."""
-        splits = self.manifest.get("splits", {})
-        shards = [split["shards"] for split in splits.values()]
-        if not shards:
-            paths = self.train.paths + self.val.paths
-            shards = [(path.name, path.stat().st_size) for path in paths]
+        """A hash of each shard's length, first and last MB, in order."""
+        digest = hashlib.sha256()
+        for shard in self.train.shards + self.val.shards:
+            digest.update(f"{shard.dtype} {shard.count} ".encode())
+            digest.update(shard.read(0, min(shard.count, 500_000)))
+            digest.update(shard.read(max(0, shard.count - 500_000), shard.count))
+        return digest.hexdigest()
+
+    def old_fingerprint(self) -> str:
+        """The fingerprint of checkpoints before 0.3: a hash of the manifest's shard records."""
+        shards = [split["shards"] for split in self.manifest.get("splits", {}).values()]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     def tokens_per_byte(self) -> float:
@@ -102,14 +142,14 @@ class Dataset:
 
     def documents(self, split: str) -> Iterator[tuple[str, np.ndarray]]:
         """Yield where each document begins, and its tokens, int64, the first an end-of-text."""
-        windows, end_of_text = getattr(self, split), self.tokenizer.end_of_text
-        for path, shard in zip(windows.paths, windows.shards):
-            starts = np.union1d(0, np.flatnonzero(np.asarray(shard) == end_of_text))
-            for start, end in zip(starts, [*starts[1:], len(shard)]):
-                tokens = np.asarray(shard[start:end], dtype=np.int64)
+        end_of_text = self.tokenizer.end_of_text
+        for shard in getattr(self, split).shards:
+            content = shard.read(0, shard.count).astype(np.int64)
+            starts = np.union1d(0, np.flatnonzero(content == end_of_text))
+            for start, tokens in zip(starts, np.split(content, starts[1:])):
                 if tokens[0] != end_of_text:  # a document that began in the shard before
                     tokens = np.insert(tokens, 0, end_of_text)
-                yield f"{path}, token {start}", tokens
+                yield f"{shard.path}, token {start}", tokens
 
 
 class Windows:
@@ -118,32 +158,25 @@ class Windows:
     the rest of a shard that is too short for a window is not used.
     """
 
-    def __init__(self, paths: list[Path], block_size: int, vocab_size: int):
-        self.paths = paths
+    def __init__(self, paths: list[Path], block_size: int):
         self.block_size = block_size
-        self.vocab_size = vocab_size
-        self.shards = [open_shard(path) for path in paths]
-        counts = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
+        self.shards = [Shard(path) for path in paths]
+        counts = [max(0, (shard.count - 1) // block_size) for shard in self.shards]
         self.first_windows = np.cumsum([0, *counts])  # of each shard; the last is the number of all
 
     def __len__(self) -> int:
         return int(self.first_windows[-1])
 
     def count_tokens(self) -> int:
-        return sum(len(shard) for shard in self.shards)
+        return sum(shard.count for shard in self.shards)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """The windows with these indices, int64 (len(indices), block_size + 1). Raises Failure."""
+        """The windows with these indices, int64 (len(indices), block_size + 1)."""
         windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
         shards = np.searchsorted(self.first_windows, indices, side="right") - 1
         for row, shard in enumerate(shards):
-            start = (indices[row] - self.first_windows[shard]) * self.block_size
-            windows[row] = self.shards[shard][start : start + self.block_size + 1]
-            if windows[row].max() >= self.vocab_size:
-                raise Failure(
-                    f"{self.paths[shard]} has token {windows[row].max()}, but its tokenizer has "
-                    f"{self.vocab_size} entries; name the tokenizer it was made with (--tokenizer)"
-                )
+            start = int(indices[row] - self.first_windows[shard]) * self.block_size
+            windows[row] = self.shards[shard].read(start, start + self.block_size + 1)
         return windows
 
 
@@ -194,18 +227,40 @@ def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
 # Shards and the manifest
 
 
-def open_shard(path: Path) -> np.memmap:
-    """A shard's tokens, uint16 or uint32, mapped into memory. Raises Failure for a damaged file."""
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    for dtype, magic_and_version in FORMATS.items():
-        if len(header) == HEADER_INTS and tuple(header[:2]) == magic_and_version:
-            tokens = (path.stat().st_size - header.nbytes) / dtype.itemsize
-            if tokens != header[2]:
-                message = f"says {header[2]} tokens but has {tokens:.1f}: it is damaged"
-                raise Failure(f"{path} {message}; prepare the dataset again")
-            return np.memmap(path, dtype=dtype, mode="r", offset=header.nbytes)
-    found, known = tuple(header[:2].tolist()), list(FORMATS.values())
-    raise Failure(f"{path} is not a shard: magic and version are {found}, not one of {known}")
+class Shard:
+    """A file of tokens, uint16 or uint32. Raises Failure for a damaged one.
+
+    Each read opens the file: one that has become shorter is an error with its name, where memory
+    mapped from it would end the process, and any number of shards needs no open file.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.bytes = path, path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        types = {magic_and_version: dtype for dtype, magic_and_version in FORMATS.items()}
+        found = tuple(header[:2].tolist())
+        if len(header) < HEADER_INTS or found not in types:
+            known = " or ".join(map(str, types))
+            raise Failure(f"{path} is not a shard: magic and version are {found}, not {known}")
+        self.dtype, self.count = types[found], int(header[2])
+        tokens = (self.bytes - header.nbytes) / self.dtype.itemsize
+        if tokens != self.count:
+            message = f"says {self.count} tokens but has {tokens:.1f}: it is damaged"
+            raise Failure(f"{path} {message}; prepare the dataset again")
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """The tokens from start up to end. Raises OSError where the file has become shorter."""
+        offset = 4 * HEADER_INTS + start * self.dtype.itemsize
+        tokens = np.fromfile(self.path, self.dtype, end - start, offset=offset)
+        if len(tokens) < end - start:
+            raise OSError(f"{self.path} has become shorter since it was opened")
+        return tokens
+
+    def largest_id(self) -> int:
+        """The largest token, which takes reading all of them."""
+        starts = range(0, self.count, 2**24)
+        parts = (self.read(start, min(start + 2**24, self.count)) for start in starts)
+        return max((int(part.max()) for part in parts), default=0)
 
 
 class ShardWriter:
@@ -275,9 +330,22 @@ def read_manifest(folder: Path) -> dict:
     if manifest.get("format_version", 0) not in range(MANIFEST_VERSION + 1):
         version = manifest["format_version"]
         raise Failure(f"{path} has format_version {version}; this version reads {MANIFEST_VERSION}")
-    if ENTRIES - manifest.keys():
+    if not has_layout(manifest, MANIFEST):
         raise Failure(f"{path} is damaged: an entry is missing; prepare the dataset again")
+    shards = [shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    if len(set(shards)) < len(shards) or any(Path(name).name != name for name in shards):
+        raise Failure(f"{path} names a shard twice, or one that is not in {folder}")
     return manifest
+
+
+def has_layout(value, layout) -> bool:
+    """Whether a value read from JSON has the entries and types that `layout` names."""
+    if isinstance(layout, dict):
+        is_dict = isinstance(value, dict) and layout.keys() <= value.keys()
+        return is_dict and all(has_layout(value[name], layout[name]) for name in layout)
+    if isinstance(layout, list):
+        return isinstance(value, list) and all(has_layout(item, layout[0]) for item in value)
+    return isinstance(value, layout)
 
 
 def read_tokenizer(folder: Path, record: dict) -> Tokenizer:

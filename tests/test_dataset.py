@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import refused, write
 
-from dataset import Dataset, ShardWriter, Windows, open_shard, read_manifest, shuffle, window_order
+from dataset import Dataset, Shard, ShardWriter, Windows, read_manifest, shuffle, window_order
 from hashing import mix64
 from train import Ranks, Run, TrainConfig, micro_batch
 
@@ -23,6 +23,11 @@ def write_shards(folder, prefix: str, tokens, shard_tokens: int = 10**6, vocab_s
         for part in np.array_split(np.asarray(tokens, dtype=np.uint32), 3):
             writer.add(part)
         return writer.finish()
+
+
+def tokens_of(path) -> list[int]:
+    shard = Shard(path)
+    return shard.read(0, shard.count).tolist()
 
 
 @pytest.fixture
@@ -42,14 +47,14 @@ def test_shards_have_the_layout_of_llm_c(tmp_path, magic, version, letter, vocab
     assert content == header + struct.pack(f"<5{letter}", *numbers)
     assert record["sha256"] == hashlib.sha256(content).hexdigest()
     assert (record["file"], record["tokens"]) == ("x_000000.bin", 5)
-    assert open_shard(tmp_path / "x_000000.bin").tolist() == numbers
+    assert tokens_of(tmp_path / "x_000000.bin") == numbers
 
 
 def test_a_shard_is_full_before_the_next_begins(tmp_path):
     records = write_shards(tmp_path, "x", range(1000), shard_tokens=300, vocab_size=1000)
     assert [record["tokens"] for record in records] == [300, 300, 300, 100]
     assert [record["largest_id"] for record in records] == [299, 599, 899, 999]
-    shards = [open_shard(tmp_path / record["file"]).tolist() for record in records]
+    shards = [tokens_of(tmp_path / record["file"]) for record in records]
     assert sum(shards, []) == list(range(1000))
     assert write_shards(tmp_path, "none", []) == []
 
@@ -60,25 +65,26 @@ def test_damaged_and_unfinished_shards_are_refused(tmp_path):
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:-2], whole + b"ab", whole[:1024]):
         path.write_bytes(content)
-        refused("says 100 tokens but has", open_shard, path)
+        refused("says 100 tokens but has", Shard, path)
     for content in (b"", whole[:500], b"\0" * 2000, whole[:4] + b"\7" + whole[5:]):
         path.write_bytes(content)
-        refused("is not a shard", open_shard, path)
+        refused("is not a shard", Shard, path)
     with ShardWriter(tmp_path, "y", 1000, 257) as writer:
         writer.add(np.arange(100))
-    refused("is not a shard", open_shard, tmp_path / "y_000000.bin")
+    refused("is not a shard", Shard, tmp_path / "y_000000.bin")
 
 
 def test_windows_overlap_by_one_token_and_do_not_cross_shards(tmp_path):
     for number, tokens in enumerate((range(41), range(100, 130), range(200, 205))):
         write_shards(tmp_path, f"shard{number}", tokens)
-    windows = Windows(sorted(tmp_path.glob("*.bin")), block_size=10, vocab_size=300)
+    windows = Windows(sorted(tmp_path.glob("*.bin")), block_size=10)
     assert len(windows) == 4 + 2 + 0 and windows.count_tokens() == 41 + 30 + 5
     rows = windows[np.array([3, 0, 4, 5])]
     assert rows[:, 0].tolist() == [30, 0, 100, 110]
     assert rows.shape == (4, 11) and rows.dtype == np.int64 and (np.diff(rows) == 1).all()
-    narrow, message = Windows(windows.paths, 10, 110), "has token 110, but its tokenizer has 110"
-    refused(message, narrow.__getitem__, np.array([0, 4]))
+    windows.shards[1].path.write_bytes(windows.shards[1].path.read_bytes()[:-20])
+    with pytest.raises(OSError, match="shard1_000000.bin has become shorter"):
+        windows[np.array([0, 5])]
 
 
 def test_the_shards_are_those_of_the_manifest(tiny):
@@ -92,6 +98,21 @@ def test_the_shards_are_those_of_the_manifest(tiny):
     refused("less than one window of 100001 train tokens", Dataset, tiny, 100_000)
     shutil.move(tiny / "x_train_000000.bin", tiny / "tiny_train_000000.bin")
     refused("has 100 tokens, but manifest.json says 20000", Dataset, tiny, 16)
+
+
+def test_bytes_that_are_not_the_manifests_are_noticed(tiny, monkeypatch):
+    path, dataset = tiny / "tiny_train_000000.bin", Dataset(tiny, 16)
+    dataset.verify(hash_all=False, is_known=False)
+    before = dataset.fingerprint()
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    message = "is not the shard that manifest.json was made with"
+    refused(message, dataset.verify, hash_all=False, is_known=True)
+    assert dataset.fingerprint() != before  # with or without a manifest
+    monkeypatch.setattr("dataset.HASHED_BYTES", 1000)
+    dataset.verify(hash_all=False, is_known=True)
+    refused(message, dataset.verify, hash_all=True, is_known=True)
 
 
 DAMAGE = [  # a file, its new content (None: deleted), the message
@@ -116,6 +137,11 @@ def test_every_entry_of_a_manifest_is_checked(tiny):
         without = {key: value for key, value in manifest.items() if key != name}
         write(tiny / "manifest.json", json.dumps(without))
         refused("manifest.json is damaged: an entry is missing", read_manifest, tiny)
+    shards = manifest["splits"]["val"]["shards"]
+    for name in ("../x.bin", "/x.bin", manifest["splits"]["train"]["shards"][0]["file"], 7):
+        shards[0]["file"] = name
+        write(tiny / "manifest.json", json.dumps(manifest))
+        refused("names a shard twice|an entry is missing", read_manifest, tiny)
 
 
 def test_shards_made_elsewhere_open_with_a_tokenizer_named(tmp_path):
@@ -128,6 +154,11 @@ def test_shards_made_elsewhere_open_with_a_tokenizer_named(tmp_path):
     assert math.isnan(dataset.tokens_per_byte())
     shutil.copy(tmp_path / "fineweb_train_000000.bin", tmp_path / "fineweb_train_000001.bin")
     assert Dataset(tmp_path, 16, "bytes").fingerprint() != dataset.fingerprint()
+    dataset.verify(hash_all=True, is_known=False)
+    write_shards(tmp_path, "more_train", [1] * 50 + [257])
+    dataset = Dataset(tmp_path, 16, "bytes")
+    message = "more_train_000000.bin has token 257, its tokenizer 257 entries"
+    refused(message, dataset.verify, hash_all=False, is_known=False)
 
 
 def test_documents_begin_at_each_end_of_text_and_at_each_shard(tmp_path):
