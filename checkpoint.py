@@ -1,13 +1,19 @@
 """Checkpoints: files that prove their own integrity, and hold a model with its tokenizer.
 
 A checkpoint holds nested dicts and lists of tensors and plain types only, so nothing in it can run
-code. A run's folder has `latest.pt`, with the optimizers' state, and `best.pt`, without.
+code. A run's folder has `latest.pt`, with the optimizers' state, `previous.pt`, the latest.pt
+before it, and `best.pt`, without the optimizers' state.
 """
 
 import hashlib
+import math
 import os
 import pickle
+import secrets
 import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,11 +27,26 @@ from tokenizer import Tokenizer
 from tokenizer_files import HF_FILES, load_hf_tokenizer
 
 FORMAT_VERSION = 1  # a checkpoint without one is older; this version reads these, too
+MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}
+CHECKPOINT = {  # what each has at least, and of which type
+    "model_config": dict,
+    "model": dict,
+    "tokenizer": {"name": str, "text": str},
+    "step": int,
+    "val_loss": float,
+    "best_val_loss": float,
+    "settings": dict,
+    "dataset": str,  # its fingerprint
+    "world_size": int,
+}
 
 
-def save(path: Path, state: dict):
-    """Write `state` with its checksum. Raises OSError, and then leaves the file that was there."""
-    with files.atomic_file(path) as file:
+def save(path: Path, state: dict, backup: Path | None = None):
+    """Write `state` with its checksum. Raises OSError, and then leaves the file that was there.
+
+    backup: the new name of that file.
+    """
+    with files.atomic_file(path, backup) as file:
         try:
             torch.save(state | {"checksum": checksum(state)}, file)
         except RuntimeError as error:  # torch hides the system's reason, mostly a full disk
@@ -35,25 +56,77 @@ def save(path: Path, state: dict):
 def load(path: Path) -> dict:
     """Read what `save` wrote, tensors on the CPU. Raises Failure where it is missing or damaged."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Failure(f"there is no checkpoint {path}", NO_CHECKPOINT) from None
+        state = read(path)
+        is_intact = state.pop("checksum") == checksum(state)
     except pickle.UnpicklingError:  # its text says how to run the code inside
         raise Failure(f"{path} is damaged or holds more than plain data", NO_CHECKPOINT) from None
     except Exception as error:  # torch raises many types for a cut, changed or foreign file
         reason = f"is damaged or no checkpoint: {error!r:.200}"
         raise Failure(f"{path} {reason}", NO_CHECKPOINT) from None
-    if not isinstance(state, dict) or state.pop("checksum", "none") != checksum(state):
+    if not is_intact:
         raise Failure(f"{path} is damaged: it does not match its checksum", NO_CHECKPOINT)
     version = state.get("format_version", 0)
     if version not in range(FORMAT_VERSION + 1):
         message = f"{path} has format_version {version}; this version reads {FORMAT_VERSION}"
         raise Failure(message, NO_CHECKPOINT)
+    if not files.has_layout(state, CHECKPOINT):
+        raise Failure(f"{path} lacks an entry of a checkpoint", NO_CHECKPOINT)
     return state
 
 
+def read(path: Path, mmap: bool = False) -> dict:
+    """Read a checkpoint, in memory of about its size. Raises Failure and errors of many types."""
+    if not path.is_file():  # opening a pipe would wait
+        raise Failure(f"there is no checkpoint {path}", NO_CHECKPOINT)
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type for entry in entries):
+        raise ValueError("it is compressed")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("it holds more than its size")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def load_newest(folder: Path) -> dict:
+    """The sound checkpoint of a run with the highest step. Raises Failure where there is none.
+
+    A damaged one that seems newer is renamed, so that no later checkpoint takes its place.
+    """
+    damaged = []
+    for path in sorted(saved(folder), key=read_step, reverse=True):
+        try:
+            state = load(path)
+        except Failure as failure:
+            damaged.append((path, failure))
+            continue
+        for path, failure in damaged:
+            aside = path.with_name(f"{path.name}.damaged.{secrets.token_hex(4)}")
+            path.rename(aside)
+            hint = f"it is {aside.name} now, and the run continues from step {state['step']}"
+            print(f"warning: {failure}; {hint}", file=sys.stderr, flush=True)
+        return state
+    reasons = "; ".join(str(failure) for _, failure in damaged)
+    raise Failure(reasons or f"there is no checkpoint in {folder}", NO_CHECKPOINT)
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints from which a run can continue, sound or not."""
+    return [path for path in (folder / "latest.pt", folder / "previous.pt") if path.exists()]
+
+
+def read_step(path: Path) -> float:
+    """The step of a checkpoint, without reading its tensors; infinite where it has none."""
+    try:
+        return int(read(path, mmap=True)["step"])
+    except Exception:  # of many types: `load` will say what is wrong
+        return math.inf
+
+
 def checksum(state) -> str:
-    """SHA-256 over every name and value in `state`, tensors by type, shape and bytes."""
+    """SHA-256 over every name and value in `state`, tensors by type, shape and bytes.
+
+    Raises ValueError for a tensor that could take more memory than its file.
+    """
     digest = hashlib.sha256()
 
     def visit(value):
@@ -66,14 +139,78 @@ def checksum(state) -> str:
             for item in value:
                 visit(item)
         elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or not value.is_contiguous():
+                raise ValueError("a tensor is not dense")
             digest.update(f"{value.dtype} {tuple(value.shape)}:".encode())
-            data = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(data.view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         else:
             digest.update(f"{value!r};".encode())
 
     visit(state)
     return digest.hexdigest()
+
+
+class Writer:
+    """Writes checkpoints in the background, one after the other, while training changes the state.
+
+    With "latest.pt" the one before becomes previous.pt; any other name is not needed to continue,
+    so that a failure to write it is a warning.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(1)
+        self.saving = None  # the Future of latest.pt
+
+    def start(self, name: str, state: dict):
+        """Copy the state, which takes what a GPU's copies to pinned memory do, and write it."""
+        started = time.monotonic()
+        state = snapshot(state, {})
+        future = self.pool.submit(self.write, name, state, time.monotonic() - started)
+        self.saving = future if name == "latest.pt" else self.saving
+
+    def write(self, name: str, state: dict, waited: float):
+        started = time.monotonic()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the copies are made
+        backup = self.folder / "previous.pt" if name == "latest.pt" else None
+        try:
+            save(self.folder / name, state, backup)
+            seconds = f"{time.monotonic() - started:.1f} s, training waited {waited:.1f} s"
+            print(f"step {state['step']:>6,} | {name} written in {seconds}", flush=True)
+        except OSError as error:
+            if name == "latest.pt":
+                raise
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+
+    def is_done(self) -> bool:
+        return self.saving is None or self.saving.done()
+
+    def has_failed(self) -> bool:
+        return bool(self.saving and self.saving.done() and self.saving.exception())
+
+    def finish(self):
+        """Wait for latest.pt. Raises OSError where it could not be written."""
+        if self.saving:
+            self.saving.result()
+
+
+def snapshot(value, copies: dict):
+    """A copy of a state on the CPU. Copies from a GPU are made in the order of its work.
+
+    copies: by address. Tensors that share memory, as tied embeddings do, share it in the copy.
+    """
+    if isinstance(value, dict):
+        return {key: snapshot(item, copies) for key, item in value.items()}
+    if isinstance(value, list):
+        return [snapshot(item, copies) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    key = (value.data_ptr(), value.shape)
+    if key not in copies:
+        copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        copies[key] = copy.copy_(value, non_blocking=True)
+    return copies[key]
 
 
 def model_state(model: GPT, tokenizer: Tokenizer) -> dict:
@@ -94,6 +231,21 @@ def restore_model(state: dict, path: Path) -> GPT:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise Failure(f"{path} does not fit this version: {error!r:.200}", NO_CHECKPOINT) from None
     return model
+
+
+def restore_optimizer(optimizer, state: dict, path: Path):
+    """Give an optimizer the moments of a loaded checkpoint; `path` is for a Failure's message."""
+    groups = optimizer.state_dict()["param_groups"]  # the settings decide these
+    names = MOMENTS[type(optimizer).__name__]
+    try:
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            moments = optimizer.state[parameter] or dict.fromkeys(names, parameter)  # at step 0
+            shapes = {name: (moments[name].shape, moments[name].dtype) for name in names}
+            if set(shapes.values()) != {(parameter.shape, torch.float32)}:
+                raise ValueError(f"moments are {shapes}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Failure(f"{path} does not fit its model: {error!r:.200}", NO_CHECKPOINT) from None
 
 
 def restore_tokenizer(state: dict) -> Tokenizer:
@@ -143,10 +295,11 @@ def open_hf(name: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
 
 
 def newest_checkpoint(run: Path | None, out_dir: str) -> Path:
-    """The latest.pt of a run, or else its best.pt; without `run` the newest of all in out_dir."""
+    """The latest.pt of a run, or what else it has; without `run` the newest of all in out_dir."""
     checkpoints = []
     for folder in [run] if run else Path(os.path.expanduser(out_dir)).glob("*/"):
-        checkpoints += list(folder.glob("latest.pt")) or list(folder.glob("best.pt"))
+        names = ("latest.pt", "previous.pt", "best.pt")  # a young run has best.pt only
+        checkpoints += [folder / name for name in names if (folder / name).exists()][:1]
     if not checkpoints:
         hint = "train a model first: python train.py config/small.py"
         raise Failure(f"{run or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)

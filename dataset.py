@@ -11,14 +11,13 @@ ranks, and the order of the data needs no state and no memory.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from config import Failure, Progress
-from files import read_json, sha256_of
+from files import has_layout, read_json, sha256_of
 from hashing import hash_numbers, mix64
 from tokenizer import Tokenizer
 from tokenizer_files import load_tokenizer
@@ -308,12 +307,10 @@ class ShardWriter:
         self.count = self.largest_id = 0
 
     def finish_shard(self):
-        """Write the header, which makes the file a shard, and flush it to disk."""
+        """Write the header, which makes the file a shard."""
         header = np.array([*FORMATS[self.dtype], self.count], dtype="<i4")
         self.file.seek(0)
         self.file.write(header.tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
         path, self.file = Path(self.file.name), None
         record = {"file": path.name, "tokens": self.count, "largest_id": self.largest_id}
@@ -336,16 +333,6 @@ def read_manifest(folder: Path) -> dict:
     if len(set(shards)) < len(shards) or any(Path(name).name != name for name in shards):
         raise Failure(f"{path} names a shard twice, or one that is not in {folder}")
     return manifest
-
-
-def has_layout(value, layout) -> bool:
-    """Whether a value read from JSON has the entries and types that `layout` names."""
-    if isinstance(layout, dict):
-        is_dict = isinstance(value, dict) and layout.keys() <= value.keys()
-        return is_dict and all(has_layout(value[name], layout[name]) for name in layout)
-    if isinstance(layout, list):
-        return isinstance(value, list) and all(has_layout(item, layout[0]) for item in value)
-    return isinstance(value, layout)
 
 
 def read_tokenizer(folder: Path, record: dict) -> Tokenizer:

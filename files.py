@@ -13,6 +13,7 @@ import requests
 
 from config import IN_USE, INPUT_OUTPUT, Failure
 
+PARTIAL = ".partial"  # the subfolder in which files are until they are complete
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_SIZES}
 HUB_NAMES |= {"distilgpt2": "distilbert/distilgpt2"}
@@ -39,22 +40,66 @@ def write_json(path: Path, content: dict):
         file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
+def has_layout(value, layout) -> bool:
+    """Whether a value read from a file has the entries and types that `layout` names."""
+    if isinstance(layout, dict):
+        is_dict = isinstance(value, dict) and layout.keys() <= value.keys()
+        return is_dict and all(has_layout(value[name], layout[name]) for name in layout)
+    if isinstance(layout, list):
+        return isinstance(value, list) and all(has_layout(item, layout[0]) for item in value)
+    return isinstance(value, layout)
+
+
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator:
-    """Open a binary file that appears under `path` only once it is complete and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+def atomic_file(path: Path, backup: Path | None = None) -> Iterator:
+    """Open a binary file that appears under `path` only once it is complete and on the disk.
+
+    backup: the new name of the file that was at `path`.
+    """
+    partial = path.parent / PARTIAL / f"{path.name}.{secrets.token_hex(8)}"
     try:
-        with open(partial, "xb") as file:
-            yield file
-        with open(partial, "rb+") as file:  # again: safetensors replaces the file that was opened
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name is on the disk once its folder is
-        os.fsync(folder)
-        os.close(folder)
+        with naming(path):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "xb") as file:
+                yield file
+            sync(partial)  # opened again: safetensors replaces the file that was opened
+            if backup and path.exists():
+                os.replace(path, backup)
+            os.replace(partial, path)
+            sync(path.parent)  # the new name is on the disk once its folder is
     finally:
         partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process writes a file here
+            partial.parent.rmdir()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator:
+    """An OSError inside that names no file, as of a full disk, gets the name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def publish(folder: Path, target: Path):
+    """Rename a folder once all files in it are on the disk."""
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+    folder.rename(target)
+    sync(target.parent)
+
+
+def sync(path: Path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from files import atomic_file
+from files import atomic_file, naming
 
 
 class Meter:
@@ -48,7 +48,8 @@ class Meter:
 
 def append_metrics(folder: Path, **values):
     """Add one line to metrics.jsonl."""
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+    path = folder / "metrics.jsonl"
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 

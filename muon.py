@@ -25,19 +25,24 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, momentum: float, weight_decay: float, split=None):
         weights, self.counts = zip(*matrices)
+        self.found_inf = 0.0  # or a tensor, as GradScaler sets it: 1.0 skips an update
         self.split = split or (lambda function, batch: function(batch))
         super().__init__(weights, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
-        """Move the matrices by their gradients."""
+        """Move the matrices by their gradients; if found_inf is 1, change nothing."""
         [group] = self.param_groups
-        weights, lr, momentum = group["params"], group["lr"], group["momentum"]
+        weights, momentum = group["params"], group["momentum"]
+        lr = group["lr"] * (1 - self.found_inf)
         gradients = [weight.grad for weight in weights]
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         moments = [self.state[weight]["momentum"] for weight in weights]
+        if isinstance(self.found_inf, torch.Tensor):  # a moment does not move towards itself
+            pairs = zip(moments, gradients)
+            gradients = [torch.where(self.found_inf > 0, m, gradient) for m, gradient in pairs]
         torch._foreach_lerp_(moments, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, moments, momentum)  # Nesterov's look ahead
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
@@ -45,7 +50,7 @@ class Muon(torch.optim.Optimizer):
             matrices, directions = zip(*pairs)
             orthogonal = self.split(orthogonalize, torch.stack(directions)).to(matrices[0].dtype)
             scale = 0.2 * math.sqrt(max(shape))  # orthogonal: a mean square of 1 / max(shape)
-            torch._foreach_add_(matrices, orthogonal.unbind(), alpha=-lr * scale)
+            torch._foreach_add_(matrices, (orthogonal * (-lr * scale)).unbind())
 
     def by_shape(self, weights, updates) -> dict:
         """Pairs of a matrix and its update by their shape; stacked matrices are taken apart."""

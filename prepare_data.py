@@ -198,7 +198,7 @@ def prepare(settings: PrepareConfig) -> Path:
                 manifest = merge(settings, work) if settings.merge else build(settings, work)
                 print(summary(manifest))
                 print(f"what was kept and dropped, and why: {folder / 'report.md'}", flush=True)
-            (work / "dataset").rename(folder)
+            files.publish(work / "dataset", folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return folder

@@ -13,10 +13,14 @@ continue exactly. On another number of ranks (processes, one per GPU) the batche
 import contextlib
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +33,9 @@ import config
 import hardware
 import log
 import sample
-from config import NO_CHECKPOINT, NOT_FINITE, Failure
+from config import INPUT_OUTPUT, NO_CHECKPOINT, NOT_FINITE, Failure
 from dataset import Dataset, window_order
-from files import locked
+from files import PARTIAL, locked
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
@@ -44,13 +48,14 @@ class TrainConfig(ModelShape):
     """Train a GPT on a dataset of data/ and keep it in out/. The defaults are GPT-2 124M's."""
 
     out_dir: str = "out/run"  # folder of the run: checkpoints, metrics.jsonl, loss.png
-    init_from: str = "scratch"  # scratch, resume, or a model: gpt2, a folder, OWNER/NAME (Hub)
+    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2, folder, OWNER/NAME
     overwrite: bool = False  # start again although out_dir has a run, which is lost
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     dataset: str = "stdlib"  # folder in data_dir; stdlib and shakespeare are made when missing
     data_dir: str = "data"  # folder of the datasets
     tokenizer: str = ""  # of shards without a manifest: gpt2, bytes, a .tiktoken file, OWNER/NAME
     split_pattern: str = ""  # of a .tiktoken file in `tokenizer`: gpt2, gpt4 or qwen
+    verify_data: bool = False  # compare hashes of the dataset at the start also if it has 2 GB
     batch_tokens: int = 512 * 1024  # tokens of an optimizer step, over all ranks
     micro_batch_size: int = 0  # sequences a device holds at once; 0 = found by trying on a GPU
     max_steps: int = 19073  # optimizer steps; 19,073 of 0.5M tokens are 10B
@@ -71,6 +76,7 @@ class TrainConfig(ModelShape):
     checkpoint_interval: int = 1000  # steps between checkpoints; one more follows the last step
     log_interval: int = 10  # steps between lines of the log
     sample_prompt: str = ""  # text that the trained model continues; "" = off
+    distributed_timeout: int = 10  # minutes after which a rank gives up waiting for the others
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where it is fast
     compile: str = "auto"  # on, off, or auto: on for cuda
@@ -80,7 +86,7 @@ class TrainConfig(ModelShape):
         """Raise ValueError where a value, or two together, make no sense."""
         self.check_shape()
         config.check_bounds(self, 1, "batch_tokens max_steps eval_interval eval_tokens")
-        config.check_bounds(self, 1, "checkpoint_interval log_interval")
+        config.check_bounds(self, 1, "checkpoint_interval log_interval distributed_timeout")
         config.check_bounds(self, 0, "seed micro_batch_size warmup_steps decay_steps learning_rate")
         config.check_bounds(self, 0, "min_lr weight_decay grad_clip muon_learning_rate")
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
@@ -91,6 +97,8 @@ class TrainConfig(ModelShape):
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
             raise ValueError(f"{chosen[0]} has no effect: {self.init_from} has its own shape")
+        if self.init_from == "auto" and self.overwrite:
+            raise ValueError("init_from auto continues a run, overwrite loses it: choose one")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} exceeds learning_rate {self.learning_rate}")
         if self.warmup_steps + self.decay_steps > self.max_steps:
@@ -111,7 +119,7 @@ class TrainConfig(ModelShape):
     @property
     def fine_tunes(self) -> bool:
         """Whether the run starts from a model in Hugging Face's layout."""
-        return self.init_from not in ("scratch", "resume")
+        return self.init_from not in ("scratch", "resume", "auto")
 
     @property
     def step_sequences(self) -> int:
@@ -123,16 +131,17 @@ def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
         checkpoint.hf_folder(settings.init_from)
-    with start_ranks(settings.device) as ranks, contextlib.ExitStack() as stack:
+    with start_ranks(settings) as ranks, contextlib.ExitStack() as stack:
         dataset = open_dataset(settings, ranks)
         ranks.on_rank_0(lambda: stack.enter_context(claimed_folder(settings)))
         run = start_run(settings, ranks, dataset)
         ranks.on_rank_0(lambda: clear_folder(run))
         run.print(describe(run))
+        warn_of_disk(run)
         if train(run):
             report(run)
         else:
-            hint = "to continue: the same command with --init_from=resume"
+            hint = "to continue: the same command with --init_from=auto"
             run.print(f"stopped at step {run.step}; {hint}")
 
 
@@ -180,16 +189,17 @@ class Ranks:
                 task()
             except (Failure, OSError) as error:
                 failure = error
-        if self.any(failure is not None):
-            raise failure or Failure("")
+        code = getattr(failure, "code", INPUT_OUTPUT) if failure else 0
+        code = -self.min(-code)
+        if code:
+            raise failure or Failure("", code)
 
 
 @contextlib.contextmanager
-def start_ranks(device_name: str):
+def start_ranks(settings: TrainConfig):
     """Yield this process's Ranks; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in names)
-    device = hardware.find_device(device_name)
+    world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
+    device = hardware.find_device(settings.device)
     if device.type == "cuda":
         needed, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if needed > count:
@@ -199,11 +209,33 @@ def start_ranks(device_name: str):
     if world_size <= 1:
         yield Ranks(0, 1, device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield Ranks(rank, world_size, device)
-    if device.type == "cpu":
-        dist.barrier()  # a process that ends while gloo's threads still send can be aborted
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=settings.distributed_timeout)
+    place = dict(store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, timeout=timeout, **place)
+    with shared_failure(store, rank):
+        yield Ranks(rank, world_size, device)
+        if device.type == "cpu":
+            dist.barrier()  # a process that ends while gloo's threads still send can be aborted
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def shared_failure(store, rank: int):
+    """Have all ranks end with the exit code of the first that fails, which alone says why."""
+    try:
+        yield
+    except (Failure, OSError) as failure:
+        store.compare_set("failure", "", str(getattr(failure, "code", INPUT_OUTPUT)))
+        raise
+    except RuntimeError as error:  # of a collective, when another rank has ended
+        if store.check(["failure"]):
+            raise Failure("", int(store.get("failure"))) from None
+        if not re.search("gloo|nccl|Connection|Timed out", str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        raise Failure(f"another rank ended or did not answer: {reason}", INPUT_OUTPUT) from None
 
 
 # The start of a run
@@ -217,12 +249,22 @@ class Run:
     ranks: Ranks
     dataset: Dataset
     model: GPT
+    forward: torch.nn.Module  # the model as the loop calls it
     optimizers: list[torch.optim.Optimizer]
     step: int = 0  # optimizer steps done
     val_loss: float = math.inf  # of the last validation, nats per token
     val_step: int = 0  # the step of the last validation
     best_val_loss: float = math.inf
-    stop_requested: bool = False  # by Ctrl-C or SIGTERM
+    is_best: bool = False  # whether best.pt is to be written
+    stop_requested: float = 0.0  # the time of the first signal that asked to stop
+    parent: int = field(default_factory=os.getppid)  # the process that started this one
+
+    def __post_init__(self):
+        device = self.ranks.device
+        self.writer = checkpoint.Writer(self.folder) if self.ranks.rank == 0 else None
+        self.found_inf = torch.zeros((), device=device)  # 1 from the first step not finite
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # this step
+        self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # this rank's loss
 
     @property
     def folder(self) -> Path:
@@ -234,16 +276,26 @@ class Run:
         sequences = self.settings.micro_batch_size * self.ranks.world_size
         return self.settings.step_sequences // sequences
 
+    def must_stop(self) -> bool:
+        """Whether to save and end: asked to, or the launcher is gone, or a save has failed."""
+        is_orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
+        has_failed = self.writer and self.writer.has_failed()
+        return bool(self.stop_requested or is_orphan or has_failed)
+
     def print(self, text: str):
-        """Print on rank 0."""
+        """Print on rank 0. Training goes on where the screen's pipe or file is closed or full."""
         if self.ranks.rank == 0:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
 
     def record(self, **values):
         """Add a line to metrics.jsonl on rank 0; nan (not known) is left out."""
         if self.ranks.rank == 0:
             known = {name: value for name, value in values.items() if value == value}
-            log.append_metrics(self.folder, **known)
+            try:
+                log.append_metrics(self.folder, **known)
+            except OSError as error:
+                self.print(f"warning: a line of metrics.jsonl is lost: {error}")
 
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
@@ -271,8 +323,9 @@ def claimed_folder(settings: TrainConfig):
     """Hold the lock of the run's folder. Raises Failure where a new run would overwrite another."""
     folder = Path(settings.out_dir)
     with locked(folder / "lock", f"{folder} is in use by another run; choose another --out_dir"):
-        has_run = (folder / "latest.pt").exists() or (folder / "best.pt").exists()
-        if has_run and settings.init_from != "resume" and not settings.overwrite:
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # of a run that was killed
+        has_run = checkpoint.saved(folder) or (folder / "best.pt").exists()
+        if has_run and settings.init_from not in ("resume", "auto") and not settings.overwrite:
             choices = "continue it: --init_from=resume, keep it: --out_dir=ANOTHER"
             raise Failure(f"{folder} already has a run; {choices}, lose it: --overwrite=True")
         yield
@@ -280,21 +333,28 @@ def claimed_folder(settings: TrainConfig):
 
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     """The run at its first step, or as its checkpoint left it. Raises Failure."""
-    saved = None
+    saved, folder = {}, Path(settings.out_dir)
+    if settings.init_from == "auto":
+        has_checkpoint = ranks.any(bool(checkpoint.saved(folder)))
+        settings = replace(settings, init_from="resume" if has_checkpoint else "scratch")
     if settings.init_from == "resume":
-        saved = checkpoint.load(Path(settings.out_dir) / "latest.pt")
+        # rank 0 puts a damaged one aside, before the others read
+        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder)))
+        saved = saved or checkpoint.load_newest(folder)
         check_same_run(saved, settings, dataset)
+    dataset.verify(settings.verify_data, is_known=bool(saved))
     hardware.keep_freed_memory()
     model = build_model(settings, dataset, saved).to(ranks.device)
     settings = resolve_auto(settings, ranks, model, saved)
-    run = Run(settings, ranks, dataset, model, make_optimizers(model, settings, ranks))
+    forward = parallelize(model, settings, ranks)  # before the optimizers: it may replace weights
+    run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings, ranks))
     if saved:
         for optimizer, state in zip(run.optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
+            checkpoint.restore_optimizer(optimizer, state, folder)
         run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
         run.val_loss, run.val_step = saved["val_loss"], saved.get("val_step", run.step)
-        if saved["settings"]["eval_tokens"] != settings.eval_tokens:
-            run.best_val_loss = math.inf  # of another validation text
+        if saved["settings"].get("eval_tokens") != settings.eval_tokens:
+            run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
     return run
 
 
@@ -303,7 +363,7 @@ NAMES = (
     "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
     "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
     "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
-    "compile activation_checkpointing"
+    "compile activation_checkpointing verify_data distributed_timeout"
 )
 MAY_CHANGE = frozenset(NAMES.split())
 
@@ -314,15 +374,15 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
     if "optimizers" not in saved:
         path = Path(settings.out_dir) / "latest.pt"
         raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
-    for field in fields(settings):
-        old, new = before.get(field.name, field.default), getattr(settings, field.name)
-        if field.name not in MAY_CHANGE and old != new:
-            differing.append(f"{field.name} (was {old}, now {new})")
+    for name, default in asdict(TrainConfig()).items():
+        old, new = before.get(name, default), getattr(settings, name)
+        if name not in MAY_CHANGE and old != new:
+            differing.append(f"{name} (was {old}, now {new})")
     tokenizer = checkpoint.restore_tokenizer(saved)
     if not tokenizer.same_ids(dataset.tokenizer):
         differing.append(f"tokenizer (was {tokenizer.name}, now {dataset.tokenizer.name})")
-    if saved["dataset"] != dataset.fingerprint():
-        differing.append(f"the files of dataset {settings.dataset} (was {before['dataset']})")
+    if saved["dataset"] not in (dataset.fingerprint(), dataset.old_fingerprint()):
+        differing.append(f"the files of dataset {settings.dataset} (was {before.get('dataset')})")
     step, max_steps = saved["step"], settings.max_steps
     if step > max_steps:
         raise Failure(f"{settings.out_dir} is at step {step}, and max_steps is {max_steps}")
@@ -332,7 +392,7 @@ def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
         raise Failure(f"{settings.out_dir} cannot continue with another {others};\n{hint}")
 
 
-def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | None):
+def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     """The settings, with `auto` and 0 as the checkpoint has them or as this machine can do."""
     device = ranks.device.type
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
@@ -354,7 +414,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | 
     return replace(settings, device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
 
 
-def build_model(settings: TrainConfig, dataset: Dataset, saved: dict | None) -> GPT:
+def build_model(settings: TrainConfig, dataset: Dataset, saved: dict) -> GPT:
     """The model of the checkpoint, of a Hugging Face folder, or a new one. Raises Failure."""
     if saved:
         model = checkpoint.restore_model(saved, Path(settings.out_dir) / "latest.pt")
@@ -366,6 +426,15 @@ def build_model(settings: TrainConfig, dataset: Dataset, saved: dict | None) -> 
         model.init_weights(settings.seed)
     model.activation_checkpointing = settings.activation_checkpointing
     return model
+
+
+def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Module:
+    """The model as the loop calls it: compiled, then data-parallel. Each rank has all weights."""
+    if settings.compile == "on":
+        model.compile()
+    if ranks.world_size == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
@@ -385,7 +454,7 @@ def clear_folder(run: Run):
     if run.settings.init_from == "resume":
         log.cut_metrics(run.folder, run.step)
         return
-    for name in ("latest.pt", "best.pt", "metrics.jsonl", "loss.png"):
+    for name in ("latest.pt", "previous.pt", "best.pt", "metrics.jsonl", "loss.png"):
         (run.folder / name).unlink(missing_ok=True)
 
 
@@ -405,31 +474,42 @@ def describe(run: Run) -> str:
     )
 
 
+def warn_of_disk(run: Run):
+    """Warn where the disk lacks room for latest.pt, previous.pt and the next one."""
+    needed = 3 * 12 * sum(parameter.numel() for parameter in run.model.parameters())
+    existing = sum(path.stat().st_size for path in checkpoint.saved(run.folder))
+    room = shutil.disk_usage(run.folder).free + existing
+    if room < needed:
+        sizes = f"{room / 1e9:.1f} GB of room, three checkpoints need {needed / 1e9:.1f} GB"
+        run.print(f"warning: {run.folder} has {sizes}")
+
+
 # The loop
 
 
 def train(run: Run) -> bool:
     """Train to max_steps, or return False at a request to stop. Either way latest.pt is saved."""
-    settings, ranks, first_step = run.settings, run.ranks, run.step
-    forward = parallelize(run)
+    settings, ranks, forward, first_step = run.settings, run.ranks, run.forward, run.step
     peak = hardware.peak_flops(ranks.device, settings.dtype) * ranks.world_size
     flops = run.model.flops_per_token(settings.block_size)
     meter = log.Meter(settings.max_steps, settings.batch_tokens, flops, peak)
-    grad_norm = torch.zeros(())
     batch = micro_batch(run, first_step, 0)
     with catch_stop_requests(run):
         for step in range(first_step, settings.max_steps + 1):  # the last pass validates and saves
             is_last = step == settings.max_steps
             if step > run.val_step and (step % settings.eval_interval == 0 or is_last):
                 with meter.paused():
-                    validate_and_keep_best(run)
-            stop = ranks.any(run.stop_requested)
+                    validate_and_log(run)
+            stop = ranks.any(run.must_stop())
             is_due = step > first_step and step % settings.checkpoint_interval == 0
             if is_due or stop or is_last:
                 with meter.paused():
-                    check_finite(run, gradient_norm=grad_norm.item())
-                    save_checkpoint(run, "latest.pt")
+                    save_latest(run)
+            if run.is_best and run.writer:
+                run.writer.start("best.pt", run_state(run))
+            run.is_best = False
             if stop or is_last:
+                finish_saving(run)
                 return is_last
 
             set_learning_rates(run, step)
@@ -447,23 +527,13 @@ def train(run: Run) -> bool:
                 step_loss += loss.detach()
             max_norm = settings.grad_clip or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+            skip_if_not_finite(run, step_loss, grad_norm)
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
             run.step = step + 1
             if run.step % settings.log_interval == 0 or step == first_step:
-                loss = ranks.sum(step_loss) / ranks.world_size
-                log_step(run, meter, loss.item(), grad_norm.item())
-
-
-def parallelize(run: Run):
-    """The model as the loop calls it: compiled, then data-parallel. Each rank has all weights."""
-    if run.settings.compile == "on":
-        run.print("compiling: the first step can take a minute")
-        run.model.compile()
-    if run.ranks.world_size == 1:
-        return run.model
-    return DistributedDataParallel(run.model, broadcast_buffers=False)
+                log_step(run, meter, ranks.sum(step_loss) / ranks.world_size, grad_norm)
 
 
 def micro_batch(run: Run, step: int, micro_step: int):
@@ -486,13 +556,20 @@ def to_device(windows: np.ndarray, device: torch.device):
 
 @contextlib.contextmanager
 def catch_stop_requests(run: Run):
-    """The first Ctrl-C or SIGTERM asks the loop to stop; a Ctrl-C after it interrupts at once."""
+    """Signals ask the loop to stop. Only a Ctrl-C more than two seconds later ends it at once."""
 
     def request(number, frame):
-        run.stop_requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        now = time.monotonic()
+        run.stop_requested = run.stop_requested or now
+        if number == signal.SIGINT and now > run.stop_requested + 2:
+            raise KeyboardInterrupt
 
-    handlers = {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    handlers = {number: signal.getsignal(number) for number in (getattr(signal, n) for n in names)}
+    if handlers[signal.SIGHUP] == signal.SIG_IGN:  # by nohup
+        del handlers[signal.SIGHUP]
+    for number in handlers:
+        signal.signal(number, request)
     try:
         yield
     finally:
@@ -500,21 +577,43 @@ def catch_stop_requests(run: Run):
             signal.signal(number, handler)
 
 
-def check_finite(run: Run, **values: float):
-    """Raise Failure before numbers that are not finite reach a checkpoint."""
-    if not all(map(math.isfinite, values.values())):
-        listed = ", ".join(f"{name} {value}" for name, value in values.items())
-        hint = "Checkpoints are from before. Try a lower --learning_rate or more --warmup_steps"
-        raise Failure(f"step {run.step}: {listed}: no longer finite.\n{hint}", NOT_FINITE)
+def skip_if_not_finite(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor):
+    """Have optimizers skip this update, and all later ones, if one of these is not finite.
+
+    The device decides, alike on all ranks, and nothing waits for it until `stop_if_not_finite`.
+    """
+    is_bad = ~(loss.isfinite() & grad_norm.isfinite())
+    found_inf = run.ranks.sum(is_bad.float()).clamp(max=1.0)
+    is_first = found_inf > run.found_inf
+    run.bad_step = torch.where(is_first, run.step, run.bad_step)
+    run.is_bad_here = torch.where(is_first, ~loss.isfinite(), run.is_bad_here)
+    run.found_inf = torch.maximum(run.found_inf, found_inf)
+    for optimizer in run.optimizers:
+        optimizer.found_inf = run.found_inf
 
 
-def log_step(run: Run, meter: log.Meter, loss: float, grad_norm: float):
-    """Print a line about the step just done and add it to metrics.jsonl."""
-    check_finite(run, loss=loss, gradient_norm=grad_norm)
+def stop_if_not_finite(run: Run):
+    """After a step that was not finite, save the state before it and raise Failure."""
+    if not run.found_inf:  # waits for the device
+        return
+    ranks, run.step = run.ranks, int(run.bad_step)
+    write_latest(run)
+    finish_saving(run)
+    bad_rank = ranks.min(ranks.rank if run.is_bad_here else ranks.world_size)
+    what = f"the loss of rank {bad_rank}" if bad_rank < ranks.world_size else "the gradient"
+    first, count = run.step * run.settings.step_sequences, run.settings.step_sequences
+    windows = f"windows at positions {first} to {first + count - 1}"
+    hint = "latest.pt is from before it. Try a lower --learning_rate or more --warmup_steps"
+    raise Failure(f"step {run.step + 1}: {what} is not finite ({windows}).\n{hint}", NOT_FINITE)
+
+
+def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Tensor):
+    """Print a line about the step just done and add it to metrics.jsonl. Waits for the device."""
+    stop_if_not_finite(run)
     speed, words = meter.measure(run.step)
     memory, rate = hardware.memory_gib(run.ranks.device), run.optimizers[0].param_groups[0]["lr"]
-    values = {"step": run.step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-    run.record(**values, **speed, memory_gib=memory)
+    values = {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": rate}
+    run.record(step=run.step, **values, **speed, memory_gib=memory)
     done = f"step {run.step:>6,} of {run.settings.max_steps:,}"
     run.print(" | ".join([done, f"loss {loss:.4f}", *words, f"{memory:.1f} GiB"]))
 
@@ -560,46 +659,39 @@ def schedule(step: int, settings: TrainConfig) -> float:
 # Validation and checkpoints
 
 
-def validate_and_keep_best(run: Run):
-    """Validate, log the loss, and save best.pt where it is the best so far."""
-    run.val_loss, run.val_step = validate(run), run.step
-    check_finite(run, validation_loss=run.val_loss)
-    run.record(step=run.step, val_loss=run.val_loss, bits_per_byte=bits_per_byte(run))
-    loss = f"validation loss {run.val_loss:.4f}"
-    run.print(f"step {run.step:>6,} | {loss}, perplexity {log.perplexity(run.val_loss):.2f}")
-    if run.val_loss < run.best_val_loss:
-        run.best_val_loss = run.val_loss
-        save_checkpoint(run, "best.pt")
-
-
-def save_checkpoint(run: Run, name: str):
-    """Write latest.pt, or best.pt, which goes without the optimizers' state."""
-    state = checkpoint.model_state(run.model, run.dataset.tokenizer) | {
-        "step": run.step,
-        "val_loss": run.val_loss,
-        "val_step": run.val_step,
-        "best_val_loss": run.best_val_loss,
-        "settings": asdict(run.settings),
-        "dataset": run.dataset.fingerprint(),
-        "world_size": run.ranks.world_size,
-    }
-    if name == "latest.pt":
-        state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
-    run.ranks.on_rank_0(lambda: checkpoint.save(run.folder / name, state))
+def validate_and_log(run: Run):
+    """Validate, unless a stop is requested meanwhile: the resumed run makes up for it."""
+    stop_if_not_finite(run)
+    loss = validate(run)
+    if loss is None:
+        return
+    if not math.isfinite(loss):
+        raise Failure(f"step {run.step}: the validation loss is {loss}", NOT_FINITE)
+    run.val_loss, run.val_step = loss, run.step
+    run.record(step=run.step, val_loss=loss, bits_per_byte=bits_per_byte(run))
+    text = f"validation loss {loss:.4f}, perplexity {log.perplexity(loss):.2f}"
+    run.print(f"step {run.step:>6,} | {text}")
+    if loss < run.best_val_loss:
+        run.best_val_loss, run.is_best = loss, True
 
 
 @torch.no_grad()
-def validate(run: Run) -> float:
-    """The mean loss, in nats per token, of fixed windows spread evenly over the validation text."""
+def validate(run: Run) -> float | None:
+    """The mean loss, in nats per token, of fixed windows spread evenly over the validation text.
+
+    Returns None where a stop was requested before the end.
+    """
     settings, ranks, windows = run.settings, run.ranks, run.dataset.val
     size = settings.micro_batch_size
     count = min(len(windows), max(1, settings.eval_tokens // settings.block_size))
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
-    chosen = chosen[ranks.rank :: ranks.world_size]
     total = 0.0
     run.model.eval()
-    for start in range(0, len(chosen), size):
-        indices = chosen[start : start + size]
+    for first in range(ranks.rank * size, count + ranks.rank * size, size * ranks.world_size):
+        if ranks.any(run.must_stop()):
+            run.model.train()
+            return None
+        indices = chosen[first : first + size]
         rows = np.resize(indices, size)  # the last batch is filled up: no shape to compile anew
         tokens, targets = to_device(windows[rows], ranks.device)
         targets[len(indices) :] = -1
@@ -608,6 +700,39 @@ def validate(run: Run) -> float:
     run.model.train()
     total = ranks.sum(torch.tensor(total, dtype=torch.float64)).item()
     return total / (count * settings.block_size)
+
+
+def save_latest(run: Run):
+    """Write latest.pt while training goes on. Raises Failure where numbers are not finite."""
+    stop_if_not_finite(run)
+    write_latest(run)
+
+
+def write_latest(run: Run):
+    finish_saving(run)  # one at a time
+    if run.writer:
+        optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+        run.writer.start("latest.pt", run_state(run) | {"optimizers": optimizers})
+
+
+def finish_saving(run: Run):
+    """Wait until latest.pt is written. Raises OSError if it could not be, and ends all ranks."""
+    while run.ranks.any(run.writer and not run.writer.is_done()):
+        time.sleep(0.05)
+    run.ranks.on_rank_0(lambda: run.writer.finish())
+
+
+def run_state(run: Run) -> dict:
+    """What a checkpoint holds, but the optimizers' state."""
+    return checkpoint.model_state(run.model, run.dataset.tokenizer) | {
+        "step": run.step,
+        "val_loss": run.val_loss,
+        "val_step": run.val_step,
+        "best_val_loss": run.best_val_loss,
+        "settings": asdict(run.settings),
+        "dataset": run.dataset.fingerprint(),
+        "world_size": run.ranks.world_size,
+    }
 
 
 def bits_per_byte(run: Run) -> float:

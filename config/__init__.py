@@ -51,7 +51,7 @@ def exit_on_failure():
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    if rank != "0" and message:
         time.sleep(10)
     if message:  # else it is another rank's error
         source = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")

@@ -216,7 +216,7 @@ def test_any_ranks_see_the_same_batches_and_every_window_once_per_epoch(world_si
     dataset, batches = SimpleNamespace(train=Numbers()), [[] for _ in range(6)]
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
-        run = Run(settings, ranks, dataset, model=None, optimizers=[])
+        run = Run(settings, ranks, dataset, model=None, forward=None, optimizers=[])
         for step in range(6):
             for micro_step in range(run.micro_steps):
                 tokens, targets = micro_batch(run, step, micro_step)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -69,7 +70,7 @@ def test_each_optimizer_has_its_learning_rate():
         rates = dict(learning_rate=2.0, muon_learning_rate=muon_learning_rate, warmup_steps=4)
         settings = TrainConfig(optimizer="muon", **rates)
         optimizers = train.make_optimizers(make_model(**UNTIED), settings, ALONE)
-        train.set_learning_rates(train.Run(settings, ALONE, None, None, optimizers), 1)
+        train.set_learning_rates(train.Run(settings, ALONE, None, None, None, optimizers), 1)
         found = [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers]
         assert found == [{1.0}, {wanted}]
 
@@ -190,12 +191,12 @@ def send_when(monkeypatch, name: str, step: int, *signals):
     monkeypatch.setattr(train, name, with_signals)
 
 
-STOPS = [("gpt2", "validate", signal.SIGTERM, 8, 8), ("qwen3", "log_step", signal.SIGINT, 6, 4)]
+STOPS = [("gpt2", "validate", signal.SIGTERM, 8, 4), ("qwen3", "log_step", signal.SIGINT, 6, 4)]
 
 
 @pytest.mark.parametrize("kind, name, number, step, val_step", STOPS)
 def test_a_stop_saves(data_dir, tmp_path, monkeypatch, kind, name, number, step, val_step):
-    """Also during a validation, which is completed first. Resuming is exact."""
+    """Also during a validation, which the resumed run makes up for. Resuming is exact."""
     options = [*KINDS[kind], "--dropout=0.2", "--checkpoint_interval=100"]
     assert tiny_run(data_dir, tmp_path / "whole", *options).returncode == 0
     with monkeypatch.context() as patch:
@@ -225,11 +226,15 @@ def assert_same_run(*folders):
         assert metrics(folders[0], *keys) == metrics(folders[1], *keys)
 
 
-def test_a_second_interrupt_ends_at_once(data_dir, tmp_path, monkeypatch):
-    send_when(monkeypatch, "validate", 8, signal.SIGINT, signal.SIGINT)
+def test_only_a_later_interrupt_ends_at_once(data_dir, tmp_path, monkeypatch):
+    send_when(monkeypatch, "log_step", 6, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    send_when(monkeypatch, "log_step", 6, signal.SIGINT)
     result = tiny_run(data_dir, tmp_path / "run")
+    assert result.returncode == 0 and "stopped at step 6" in result.stdout
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=iter([10.0, 13.0]).__next__))
+    result = tiny_run(data_dir, tmp_path / "other")
     assert result.returncode == 130 and result.stderr.endswith("interrupted\n")
-    assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == 4
+    assert checkpoint.load(tmp_path / "other" / "latest.pt")["step"] == 4
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -265,7 +270,7 @@ def test_a_finished_run_can_be_continued(data_dir, tmp_path):
     assert metrics(tmp_path / "whole", "step", "loss") == metrics(tmp_path / "run", "step", "loss")
     other = [*cooled, RESUME, "--eval_tokens=500", "--learning_rate=1", "--max_steps=16"]
     assert tiny_run(data_dir, tmp_path / "run", *other).returncode == 0
-    assert checkpoint.load(tmp_path / "run" / "best.pt")["step"] == 16  # of another text, so anew
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["step"] == 12  # of another text, so anew
 
 
 def test_what_was_found_automatically_stays_so(data_dir, tmp_path, monkeypatch):
