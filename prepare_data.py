@@ -15,7 +15,6 @@ import hashlib
 import lzma
 import os
 import shutil
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable
@@ -481,5 +480,4 @@ def link_or_copy(source: Path, target: Path):
 
 
 if __name__ == "__main__":
-    with config.exit_on_failure():
-        main(config.load(PrepareConfig, sys.argv[1:], positional="name"))
+    config.run(main, PrepareConfig, "lower --processes, or leave out --dedupe=near", "name")

@@ -13,7 +13,6 @@ in bfloat16 another batch size can change the last bit of a probability.)
 import codecs
 import contextlib
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -95,7 +94,7 @@ def main(settings: SampleConfig):
 
 def export(settings: SampleConfig):
     """Write the model and its tokenizer as transformers and others load them."""
-    folder = Path(os.path.expanduser(settings.export_hf))
+    folder = Path(settings.export_hf)
     if folder.exists() and any(folder.iterdir()):
         raise Failure(f"export_hf: {folder} exists; name another folder, or empty it")
     hf.require_safetensors()  # before anything is written
@@ -118,7 +117,7 @@ def read_prompts(settings: SampleConfig) -> list[dict]:
     if not settings.prompts:
         data = settings.prompt.encode("utf-8", "surrogateescape")  # as in the shell
         return [{"prompt": data.decode("utf-8", "replace")}]
-    path, prompts = Path(os.path.expanduser(settings.prompts)), []
+    path, prompts = Path(settings.prompts), []
     is_json = path.suffix in (".jsonl", ".ndjson")
     lines = [(n, line) for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
     for number, line in lines:
@@ -455,11 +454,4 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SampleConfig) 
 
 
 if __name__ == "__main__":
-    if sys.stdin:
-        sys.stdin.reconfigure(errors="replace")
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the console's encoding
-    with config.exit_on_failure():
-        try:
-            main(config.load(SampleConfig, sys.argv[1:]))
-        except (torch.OutOfMemoryError, MemoryError):
-            raise Failure("memory is full; lower --batch_size or --max_new_tokens") from None
+    config.run(main, SampleConfig, "lower --batch_size or --max_new_tokens")

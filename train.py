@@ -626,10 +626,5 @@ def report(run: Run):
 
 
 if __name__ == "__main__":
-    with config.exit_on_failure():
-        try:
-            main(config.load(TrainConfig, sys.argv[1:]))
-        except torch.OutOfMemoryError:
-            hint = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
-            raise Failure(f"the GPU's memory is full; {hint}") from None
-    config.end_process(0)
+    hint = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
+    config.run(main, TrainConfig, hint)
