@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +56,7 @@ def append_metrics(folder: Path, **values):
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl, up to one that a killed run left half-written."""
     records = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records.extend(map(json.loads, lines))  # keeps those before a broken one
     return records
@@ -80,21 +81,27 @@ def print_report(folder: Path, val_loss: float, bits_per_byte: float, compressor
         others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
         print(f"{bits_per_byte:.3f} bits per byte of validation text{others}")
     print(draw_losses(folder))
-    print(f"to sample from it: python sample.py --checkpoint={folder / 'latest.pt'}")
+    checkpoint = shlex.quote(f"--checkpoint={folder / 'latest.pt'}")
+    print(f"to sample from it: python sample.py {checkpoint}")
 
 
 def draw_losses(folder: Path) -> str:
-    """Draw metrics.jsonl as loss.png, if matplotlib is installed; return a line about it."""
+    """Draw metrics.jsonl as loss.png, if matplotlib can do it; return a line about it."""
     try:
         from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
+        axes.set_title(folder.name, parse_math=False)
+        for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
+            points = [(line["step"], line[key]) for line in read_metrics(folder) if key in line]
+            axes.plot(*zip(*points), marker=marker, label=label, linewidth=1)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        with atomic_file(folder / "loss.png") as file:
+            figure.savefig(file, dpi=120, format="png")
     except ImportError:
         return "for a picture of the loss: pip install matplotlib"
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=folder.name)
-    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
-        points = [(line["step"], line[key]) for line in read_metrics(folder) if key in line]
-        axes.plot(*zip(*points), marker=marker, label=label, linewidth=1)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=120)
+    except Exception as error:  # of its many types none may undo a run that is done
+        return f"no picture of the loss: {error!r:.200}"
     return f"the loss by step is drawn in {folder / 'loss.png'}"

@@ -34,6 +34,8 @@ from model import GPT, GPTConfig, round_up
 from tokenizer import Tokenizer
 from tokenizer_files import save_hf_tokenizer
 
+OWN_ENTRIES = {"sample", "text", "tokens", "mean_logprob", "ended"}  # of each object of --json
+
 
 @dataclass
 class SampleConfig:
@@ -68,7 +70,7 @@ class SampleConfig:
         """Raise ValueError where a value, or two together, make no sense."""
         config.check_bounds(self, 1, "num_samples max_new_tokens batch_size")
         config.check_bounds(self, 0, "temperature top_k min_p seed")
-        config.check_bounds(self, 1e-9, "top_p repetition_penalty")
+        config.check_bounds(self, 1e-9, "top_p repetition_penalty", below=1e9)
         if max(self.top_p, self.min_p) > 1:
             raise ValueError(f"top_p is {self.top_p}, min_p {self.min_p}: both must be at most 1")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
@@ -128,6 +130,9 @@ def read_prompts(settings: SampleConfig) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             form = '{"prompt": "text"}, other entries allowed' if is_json else "text in UTF-8"
             raise Failure(f"{path}:{number}: a line is {form}, not {line[:60]}") from None
+        taken = OWN_ENTRIES & prompt.keys()
+        if settings.json and taken:
+            raise Failure(f"{path}:{number}: --json has its own {min(taken)!r}; rename this one")
         prompts.append(prompt)
     if not lines:
         raise Failure(f"{path} has no prompt")
@@ -435,7 +440,7 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SampleConfig) 
     top_k: Fan et al. 2018. top_p: Holtzman et al. 2020. min_p: Nguyen et al. 2024. The token is the
     first whose cumulative probability exceeds the random number.
     """
-    if settings.temperature == 0:
+    if settings.temperature < 1e-6:  # in float32 logits divided by less can overflow
         return logits.argmax(dim=-1)
     logits, tokens = logits / settings.temperature, None
     if settings.top_k or settings.top_p < 1:  # sorted, the most likely first

@@ -13,6 +13,7 @@ continue exactly. On another number of ranks (processes, one per GPU) the batche
 import contextlib
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 
+RUN_FILES = ("latest.pt", "best.pt", "metrics.jsonl", "loss.png")  # of a run's folder
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
 
@@ -44,7 +46,7 @@ class TrainConfig(ModelShape):
     """Train a GPT on a dataset of data/ and keep it in out/. The defaults are GPT-2 124M's."""
 
     out_dir: str = "out/run"  # folder of the run: checkpoints, metrics.jsonl, loss.png
-    init_from: str = "scratch"  # scratch, resume, or a model: gpt2, a folder, OWNER/NAME (Hub)
+    init_from: str = "scratch"  # scratch, resume, a .pt file, run, HF folder, OWNER/NAME or gpt2
     overwrite: bool = False  # start again although out_dir has a run, which is lost
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     dataset: str = "stdlib"  # folder in data_dir; stdlib and shakespeare are made when missing
@@ -90,7 +92,8 @@ class TrainConfig(ModelShape):
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
-            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} has its own shape")
+            reason = f"{self.init_from} has its own shape (config/finetune.py names none)"
+            raise ValueError(f"{chosen[0]} has no effect: {reason}")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} exceeds learning_rate {self.learning_rate}")
         if self.warmup_steps + self.decay_steps > self.max_steps:
@@ -110,7 +113,7 @@ class TrainConfig(ModelShape):
 
     @property
     def fine_tunes(self) -> bool:
-        """Whether the run starts from a model in Hugging Face's layout."""
+        """Whether the run starts from a model's weights, with new optimizers and at step 0."""
         return self.init_from not in ("scratch", "resume")
 
     @property
@@ -121,15 +124,18 @@ class TrainConfig(ModelShape):
 
 def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
+    check_folder(settings)  # first, as what follows can take long
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
-        checkpoint.hf_folder(settings.init_from)
-    with start_ranks(settings.device) as ranks, contextlib.ExitStack() as stack:
-        dataset = open_dataset(settings, ranks)
-        ranks.on_rank_0(lambda: stack.enter_context(claimed_folder(settings)))
-        run = start_run(settings, ranks, dataset)
-        ranks.on_rank_0(lambda: clear_folder(run))
-        run.print(describe(run))
-        if train(run):
+        checkpoint.find_model(settings.init_from)
+    with contextlib.ExitStack() as stack:
+        with start_ranks(settings.device) as ranks:
+            dataset = open_dataset(settings, ranks)
+            ranks.on_rank_0(lambda: stack.enter_context(claimed_folder(settings)))
+            run = start_run(settings, ranks, dataset)
+            ranks.on_rank_0(lambda: clear_folder(run))
+            run.print(describe(run))
+            is_done = train(run)
+        if is_done:
             report(run)
         else:
             hint = "to continue: the same command with --init_from=resume"
@@ -201,9 +207,12 @@ def start_ranks(device_name: str):
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield Ranks(rank, world_size, device)
-    if device.type == "cpu":
-        dist.barrier()  # a process that ends while gloo's threads still send can be aborted
-    dist.destroy_process_group()
+    try:
+        if device.type == "cpu":
+            dist.barrier()  # a process that ends while gloo's threads still send can be aborted
+        dist.destroy_process_group()
+    except RuntimeError as error:  # a rank that has ended; the last checkpoint is written
+        print(f"rank {rank}, after the training: {error!r:.200}", file=sys.stderr)
 
 
 # The start of a run
@@ -254,8 +263,7 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
         if folder.exists():
             return
         if settings.dataset not in MADE_WHEN_MISSING:
-            hint = f"make it: python prepare_data.py {settings.dataset} (--help names the datasets)"
-            raise Failure(f"{folder} does not exist; {hint}")
+            raise Failure(f"{folder} does not exist; {dataset_hint(settings)}")
         script = Path(__file__).with_name("prepare_data.py")
         command = [sys.executable, script, settings.dataset, f"--data_dir={settings.data_dir}"]
         code = subprocess.run(command).returncode
@@ -266,16 +274,33 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
     return Dataset(folder, settings.block_size, settings.tokenizer, settings.split_pattern)
 
 
+def dataset_hint(settings: TrainConfig) -> str:
+    """How to make a dataset that is missing, or to name it where a path was given."""
+    path, data_dir = Path(settings.dataset), settings.data_dir
+    if path.parent != Path():
+        names = shlex.join([f"--data_dir={path.parent}", f"--dataset={path.name}"])
+        return f"a dataset's folder and name are two settings: {names}"
+    options = [f"--data_dir={data_dir}"] if data_dir != TrainConfig.data_dir else []
+    command = shlex.join(["python", "prepare_data.py", path.name, *options])
+    return f"make it: {command} (with --source=PATH for your own text)"
+
+
 @contextlib.contextmanager
 def claimed_folder(settings: TrainConfig):
     """Hold the lock of the run's folder. Raises Failure where a new run would overwrite another."""
     folder = Path(settings.out_dir)
     with locked(folder / "lock", f"{folder} is in use by another run; choose another --out_dir"):
-        has_run = (folder / "latest.pt").exists() or (folder / "best.pt").exists()
-        if has_run and settings.init_from != "resume" and not settings.overwrite:
-            choices = "continue it: --init_from=resume, keep it: --out_dir=ANOTHER"
-            raise Failure(f"{folder} already has a run; {choices}, lose it: --overwrite=True")
+        check_folder(settings)
         yield
+
+
+def check_folder(settings: TrainConfig):
+    """Raise Failure where a new run would overwrite another, or files that are not ours."""
+    folder = Path(settings.out_dir)
+    found = ", ".join(name for name in RUN_FILES if (folder / name).exists())
+    if found and settings.init_from != "resume" and not settings.overwrite:
+        choices = "continue it: --init_from=resume, keep it: --out_dir=ANOTHER, lose it"
+        raise Failure(f"{folder} already has a run ({found});\n{choices}: --overwrite=True")
 
 
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
@@ -355,7 +380,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict | 
 
 
 def build_model(settings: TrainConfig, dataset: Dataset, saved: dict | None) -> GPT:
-    """The model of the checkpoint, of a Hugging Face folder, or a new one. Raises Failure."""
+    """The model of the checkpoint, another's weights, or a new one. Raises Failure."""
     if saved:
         model = checkpoint.restore_model(saved, Path(settings.out_dir) / "latest.pt")
     elif settings.fine_tunes:
@@ -371,9 +396,11 @@ def build_model(settings: TrainConfig, dataset: Dataset, saved: dict | None) -> 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
     """The model to fine-tune. Raises Failure where it does not fit the dataset or the settings."""
     name, tokens, block_size = settings.init_from, dataset.tokenizer, settings.block_size
-    model, tokenizer = checkpoint.open_hf(name, settings.dropout)
+    model, tokenizer = checkpoint.open_model(name, "", settings.dropout)
     if not tokenizer.same_ids(tokens):
-        hint = f"make it again: python prepare_data.py NAME --source=PATH --tokenizer={name}"
+        is_run = checkpoint.find_model(name).is_file()
+        source = "data/ITS_DATASET/tokenizer.tiktoken" if is_run else shlex.quote(name)
+        hint = f"make it again: python prepare_data.py NAME --source=PATH --tokenizer={source}"
         raise Failure(f"dataset {settings.dataset} has the tokenizer {tokens.name}; {hint}")
     if block_size > model.config.block_size:
         raise Failure(f"block_size {block_size} exceeds the {model.config.block_size} of {name}")
@@ -385,7 +412,7 @@ def clear_folder(run: Run):
     if run.settings.init_from == "resume":
         log.cut_metrics(run.folder, run.step)
         return
-    for name in ("latest.pt", "best.pt", "metrics.jsonl", "loss.png"):
+    for name in RUN_FILES:
         (run.folder / name).unlink(missing_ok=True)
 
 
