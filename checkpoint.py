@@ -7,7 +7,6 @@ before it, and `best.pt`, without the optimizers' state.
 
 import hashlib
 import math
-import os
 import pickle
 import secrets
 import sys
@@ -223,10 +222,10 @@ def model_state(model: GPT, tokenizer: Tokenizer) -> dict:
     }
 
 
-def restore_model(state: dict, path: Path) -> GPT:
-    """The model of a loaded checkpoint; `path` is for the message of a Failure."""
+def restore_model(state: dict, path: Path, **changes) -> GPT:
+    """The model of a loaded checkpoint; `path` is for the message, `changes` for its config."""
     try:
-        model = GPT(GPTConfig(**state["model_config"]))
+        model = GPT(GPTConfig(**state["model_config"] | changes))
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise Failure(f"{path} does not fit this version: {error!r:.200}", NO_CHECKPOINT) from None
@@ -253,38 +252,34 @@ def restore_tokenizer(state: dict) -> Tokenizer:
     return Tokenizer.from_record(state["tokenizer"], state["tokenizer"]["text"])
 
 
-def open_model(name: str, out_dir: str) -> tuple[GPT, Tokenizer]:
+def open_model(name: str, out_dir: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
     """The model that `name` means, and its tokenizer. Raises Failure.
 
     name: a .pt file, a run's folder, "" for the newest run in out_dir, a folder in Hugging Face's
     layout, or a model on the Hub. What was opened is printed to standard error.
     """
-    path = Path(os.path.expanduser(name))
-    is_on_hub = name in files.HUB_NAMES or (files.hub_repo(name) and not path.parent.is_dir())
-    if name and ((path / "config.json").exists() or (is_on_hub and not path.exists())):
-        return open_hf(name)
-    if not path.is_file() and path.suffix != ".pt":
-        path = newest_checkpoint(path if name else None, out_dir)
+    path = find_model(name, out_dir)
+    if path.is_dir():
+        return open_hf(path, name, dropout)
     state = load(path)
-    model, tokenizer = restore_model(state, path), restore_tokenizer(state)
+    model, tokenizer = restore_model(state, path, dropout=dropout), restore_tokenizer(state)
     loss = f", validation loss {state['val_loss']:.4f} at step {state.get('val_step', '?')}"
     print(f"{path}: step {state['step']}{loss}", file=sys.stderr)
     return model, tokenizer
 
 
-def is_hf_name(name: str) -> bool:
-    """Whether `name` can be a model in Hugging Face's layout: a folder, or one on the Hub."""
-    return bool(files.hub_repo(name)) or (name != "" and Path(os.path.expanduser(name)).is_dir())
+def find_model(name: str, out_dir: str = "") -> Path:
+    """The .pt file that `name` means, or the folder, which is downloaded where it is on the Hub."""
+    path = Path(name)
+    can_be_repo = files.hub_repo(name) and path.suffix != ".pt" and not path.parent.is_dir()
+    is_on_hub = not path.exists() and (name in files.HUB_NAMES or can_be_repo)
+    if name and (is_on_hub or (path / "config.json").exists()):
+        return files.model_folder(name, hf.FILES + HF_FILES, hf.is_complete)
+    return path if path.is_file() else newest_checkpoint(path if name else None, out_dir)
 
 
-def hf_folder(name: str) -> Path:
-    """The folder of a model in Hugging Face's layout, downloaded where it is on the Hub."""
-    return files.model_folder(name, hf.FILES + HF_FILES, hf.is_complete)
-
-
-def open_hf(name: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
-    """A model in Hugging Face's layout and its tokenizer. Raises Failure."""
-    folder = hf_folder(name)
+def open_hf(folder: Path, name: str, dropout: float) -> tuple[GPT, Tokenizer]:
+    """A model in Hugging Face's layout and its tokenizer, called `name`. Raises Failure."""
     model, tokenizer = hf.load(folder, dropout), load_hf_tokenizer(folder, name)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{folder}: {count / 1e6:.0f}M parameters", file=sys.stderr)
@@ -297,10 +292,12 @@ def open_hf(name: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
 def newest_checkpoint(run: Path | None, out_dir: str) -> Path:
     """The latest.pt of a run, or what else it has; without `run` the newest of all in out_dir."""
     checkpoints = []
-    for folder in [run] if run else Path(os.path.expanduser(out_dir)).glob("*/"):
+    for folder in [run] if run else Path(out_dir).glob("*/"):
         names = ("latest.pt", "previous.pt", "best.pt")  # a young run has best.pt only
         checkpoints += [folder / name for name in names if (folder / name).exists()][:1]
     if not checkpoints:
         hint = "train a model first: python train.py config/small.py"
-        raise Failure(f"{run or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)
+        if run:
+            hint = "name a .pt file, a run's folder, or a model (gpt2, a folder, OWNER/NAME)"
+        raise Failure(f"{run or out_dir}: no checkpoint is there; {hint}", NO_CHECKPOINT)
     return max(checkpoints, key=lambda file: file.stat().st_mtime)

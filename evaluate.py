@@ -10,8 +10,6 @@ The invariant: each token of a document but the end-of-text before it is scored 
 
 import json
 import math
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -123,7 +121,7 @@ def result_text(result: dict) -> str:
 def read_documents(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, int]]:
     """Yield where each document is, its tokens after an end-of-text, and its bytes."""
     name, _, split = text.partition(":")
-    folder = Path(os.path.expanduser(name))
+    folder = Path(name)
     if (folder / "manifest.json").exists():
         yield from dataset_documents(folder, split or "val", tokenizer)
         return
@@ -204,6 +202,4 @@ def padded(batch: list, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the console's encoding
-    with config.exit_on_failure():
-        main(config.load(EvaluateConfig, sys.argv[1:]))
+    config.run(main, EvaluateConfig, "--device=cpu or --dtype=bfloat16 can need less")

@@ -1,13 +1,16 @@
-"""What a run reports: the speed meter, `metrics.jsonl`, `loss.png` and the lines on the screen."""
+"""What a run reports, and the folder it leaves: the speed meter, `metrics.jsonl`, `loss.png`."""
 
 import contextlib
 import json
 import math
+import shlex
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
 
-from files import atomic_file, naming
+from config import Failure
+from files import PARTIAL, atomic_file, locked, naming
 
 
 class Meter:
@@ -46,6 +49,43 @@ class Meter:
         return values, words
 
 
+RUN_FILES = ("latest.pt", "previous.pt", "best.pt", "metrics.jsonl", "loss.png")
+
+
+def check_folder(folder: Path, init_from: str, overwrite: bool):
+    """Raise Failure where a new run would overwrite another, or files that are not ours."""
+    found = ", ".join(name for name in RUN_FILES if (folder / name).exists())
+    continues = init_from == "resume" or (init_from == "auto" and (folder / "lock").exists())
+    if found and not continues and not overwrite:
+        choices = "continue it: --init_from=resume, keep it: --out_dir=ANOTHER, lose it"
+        raise Failure(f"{folder} already has a run ({found});\n{choices}: --overwrite=True")
+
+
+@contextlib.contextmanager
+def claimed_folder(folder: Path, init_from: str, overwrite: bool):
+    """Hold the lock of a run's folder. Raises Failure as `check_folder` does."""
+    with locked(folder / "lock", f"{folder} is in use by another run; choose another --out_dir"):
+        check_folder(folder, init_from, overwrite)
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # of a run that was killed
+        yield
+
+
+def clear_folder(folder: Path, step: int | None):
+    """Remove what an earlier run left: all of it, or the log after the step that is resumed."""
+    if step is not None:
+        cut_metrics(folder, step)
+        return
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def room(folder: Path) -> int:
+    """Bytes for checkpoints: what is free, and what later checkpoints replace."""
+    replaced = [folder / name for name in ("latest.pt", "previous.pt")]
+    sizes = [path.stat().st_size for path in replaced if path.exists()]
+    return shutil.disk_usage(folder).free + sum(sizes)
+
+
 def append_metrics(folder: Path, **values):
     """Add one line to metrics.jsonl."""
     path = folder / "metrics.jsonl"
@@ -56,7 +96,7 @@ def append_metrics(folder: Path, **values):
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl, up to one that a killed run left half-written."""
     records = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records.extend(map(json.loads, lines))  # keeps those before a broken one
     return records
@@ -81,21 +121,27 @@ def print_report(folder: Path, val_loss: float, bits_per_byte: float, compressor
         others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
         print(f"{bits_per_byte:.3f} bits per byte of validation text{others}")
     print(draw_losses(folder))
-    print(f"to sample from it: python sample.py --checkpoint={folder / 'latest.pt'}")
+    checkpoint = shlex.quote(f"--checkpoint={folder / 'latest.pt'}")
+    print(f"to sample from it: python sample.py {checkpoint}")
 
 
 def draw_losses(folder: Path) -> str:
-    """Draw metrics.jsonl as loss.png, if matplotlib is installed; return a line about it."""
+    """Draw metrics.jsonl as loss.png, if matplotlib can do it; return a line about it."""
     try:
         from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
+        axes.set_title(folder.name, parse_math=False)
+        for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
+            points = [(line["step"], line[key]) for line in read_metrics(folder) if key in line]
+            axes.plot(*zip(*points), marker=marker, label=label, linewidth=1)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        with atomic_file(folder / "loss.png") as file:
+            figure.savefig(file, dpi=120, format="png")
     except ImportError:
         return "for a picture of the loss: pip install matplotlib"
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=folder.name)
-    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
-        points = [(line["step"], line[key]) for line in read_metrics(folder) if key in line]
-        axes.plot(*zip(*points), marker=marker, label=label, linewidth=1)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=120)
+    except Exception as error:  # of its many types none may undo a run that is done
+        return f"no picture of the loss: {error!r:.200}"
     return f"the loss by step is drawn in {folder / 'loss.png'}"

@@ -14,8 +14,8 @@ import gzip
 import hashlib
 import lzma
 import os
+import shlex
 import shutil
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable
@@ -170,10 +170,10 @@ SHAKESPEARE_BYTES = 1_115_394
 def main(settings: PrepareConfig):
     """Prepare a dataset and say how to train on it. Raises Failure."""
     folder = prepare(settings)
-    where = f" --data_dir={settings.data_dir}" if settings.data_dir != "data" else ""
+    where = [f"--data_dir={settings.data_dir}"] if settings.data_dir != "data" else []
     recipe = "config/gpt2_124m.py" if settings.named.is_tokenised else "config/small.py"
-    options = f"--dataset={folder.name}{where} --out_dir=out/{folder.name}"
-    print(f"train on it: python train.py {recipe} {options}")
+    options = [f"--dataset={folder.name}", *where, f"--out_dir=out/{folder.name}"]
+    print(f"train on it: python train.py {recipe} {shlex.join(options)}")
 
 
 def prepare(settings: PrepareConfig) -> Path:
@@ -481,5 +481,4 @@ def link_or_copy(source: Path, target: Path):
 
 
 if __name__ == "__main__":
-    with config.exit_on_failure():
-        main(config.load(PrepareConfig, sys.argv[1:], positional="name"))
+    config.run(main, PrepareConfig, "lower --processes, or leave out --dedupe=near", "name")

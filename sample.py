@@ -13,7 +13,6 @@ in bfloat16 another batch size can change the last bit of a probability.)
 import codecs
 import contextlib
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,8 @@ from config import Failure, Progress
 from model import GPT, GPTConfig, round_up
 from tokenizer import Tokenizer
 from tokenizer_files import save_hf_tokenizer
+
+OWN_ENTRIES = {"sample", "text", "tokens", "mean_logprob", "ended"}  # of each object of --json
 
 
 @dataclass
@@ -69,7 +70,7 @@ class SampleConfig:
         """Raise ValueError where a value, or two together, make no sense."""
         config.check_bounds(self, 1, "num_samples max_new_tokens batch_size")
         config.check_bounds(self, 0, "temperature top_k min_p seed")
-        config.check_bounds(self, 1e-9, "top_p repetition_penalty")
+        config.check_bounds(self, 1e-9, "top_p repetition_penalty", below=1e9)
         if max(self.top_p, self.min_p) > 1:
             raise ValueError(f"top_p is {self.top_p}, min_p {self.min_p}: both must be at most 1")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
@@ -95,7 +96,7 @@ def main(settings: SampleConfig):
 
 def export(settings: SampleConfig):
     """Write the model and its tokenizer as transformers and others load them."""
-    folder = Path(os.path.expanduser(settings.export_hf))
+    folder = Path(settings.export_hf)
     if folder.exists() and any(folder.iterdir()):
         raise Failure(f"export_hf: {folder} exists; name another folder, or empty it")
     hf.require_safetensors()  # before anything is written
@@ -118,7 +119,7 @@ def read_prompts(settings: SampleConfig) -> list[dict]:
     if not settings.prompts:
         data = settings.prompt.encode("utf-8", "surrogateescape")  # as in the shell
         return [{"prompt": data.decode("utf-8", "replace")}]
-    path, prompts = Path(os.path.expanduser(settings.prompts)), []
+    path, prompts = Path(settings.prompts), []
     is_json = path.suffix in (".jsonl", ".ndjson")
     lines = [(n, line) for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
     for number, line in lines:
@@ -129,6 +130,9 @@ def read_prompts(settings: SampleConfig) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             form = '{"prompt": "text"}, other entries allowed' if is_json else "text in UTF-8"
             raise Failure(f"{path}:{number}: a line is {form}, not {line[:60]}") from None
+        taken = OWN_ENTRIES & prompt.keys()
+        if settings.json and taken:
+            raise Failure(f"{path}:{number}: --json has its own {min(taken)!r}; rename this one")
         prompts.append(prompt)
     if not lines:
         raise Failure(f"{path} has no prompt")
@@ -436,7 +440,7 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SampleConfig) 
     top_k: Fan et al. 2018. top_p: Holtzman et al. 2020. min_p: Nguyen et al. 2024. The token is the
     first whose cumulative probability exceeds the random number.
     """
-    if settings.temperature == 0:
+    if settings.temperature < 1e-6:  # in float32 logits divided by less can overflow
         return logits.argmax(dim=-1)
     logits, tokens = logits / settings.temperature, None
     if settings.top_k or settings.top_p < 1:  # sorted, the most likely first
@@ -455,11 +459,4 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SampleConfig) 
 
 
 if __name__ == "__main__":
-    if sys.stdin:
-        sys.stdin.reconfigure(errors="replace")
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the console's encoding
-    with config.exit_on_failure():
-        try:
-            main(config.load(SampleConfig, sys.argv[1:]))
-        except (torch.OutOfMemoryError, MemoryError):
-            raise Failure("memory is full; lower --batch_size or --max_new_tokens") from None
+    config.run(main, SampleConfig, "lower --batch_size or --max_new_tokens")

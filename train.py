@@ -14,7 +14,7 @@ import contextlib
 import math
 import os
 import re
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,7 +35,6 @@ import log
 import sample
 from config import INPUT_OUTPUT, NO_CHECKPOINT, NOT_FINITE, Failure
 from dataset import Dataset, window_order
-from files import PARTIAL, locked
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
@@ -48,7 +47,7 @@ class TrainConfig(ModelShape):
     """Train a GPT on a dataset of data/ and keep it in out/. The defaults are GPT-2 124M's."""
 
     out_dir: str = "out/run"  # folder of the run: checkpoints, metrics.jsonl, loss.png
-    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2, folder, OWNER/NAME
+    init_from: str = "scratch"  # scratch, resume, auto (either), gpt2, .pt, folder or OWNER/NAME
     overwrite: bool = False  # start again although out_dir has a run, which is lost
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     dataset: str = "stdlib"  # folder in data_dir; stdlib and shakespeare are made when missing
@@ -96,7 +95,8 @@ class TrainConfig(ModelShape):
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
-            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} has its own shape")
+            reason = f"{self.init_from} has its own shape (config/finetune.py names none)"
+            raise ValueError(f"{chosen[0]} has no effect: {reason}")
         if self.init_from == "auto" and self.overwrite:
             raise ValueError("init_from auto continues a run, overwrite loses it: choose one")
         if self.min_lr > self.learning_rate:
@@ -118,7 +118,7 @@ class TrainConfig(ModelShape):
 
     @property
     def fine_tunes(self) -> bool:
-        """Whether the run starts from a model in Hugging Face's layout."""
+        """Whether the run starts from a model's weights, with new optimizers and at step 0."""
         return self.init_from not in ("scratch", "resume", "auto")
 
     @property
@@ -129,16 +129,21 @@ class TrainConfig(ModelShape):
 
 def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
+    folder, init_from = Path(settings.out_dir), settings.init_from
+    log.check_folder(folder, init_from, settings.overwrite)  # first: what follows can take long
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
-        checkpoint.hf_folder(settings.init_from)
-    with start_ranks(settings) as ranks, contextlib.ExitStack() as stack:
-        dataset = open_dataset(settings, ranks)
-        ranks.on_rank_0(lambda: stack.enter_context(claimed_folder(settings)))
-        run = start_run(settings, ranks, dataset)
-        ranks.on_rank_0(lambda: clear_folder(run))
-        run.print(describe(run))
-        warn_of_disk(run)
-        if train(run):
+        checkpoint.find_model(init_from)
+    with contextlib.ExitStack() as stack:
+        with start_ranks(settings) as ranks:
+            dataset = open_dataset(settings, ranks)
+            claim = log.claimed_folder(folder, init_from, settings.overwrite)
+            ranks.on_rank_0(lambda: stack.enter_context(claim))  # until this process ends
+            run = start_run(settings, ranks, dataset)
+            is_resumed = run.settings.init_from == "resume"
+            ranks.on_rank_0(lambda: log.clear_folder(folder, run.step if is_resumed else None))
+            run.print(describe(run))
+            is_done = train(run)
+        if is_done:
             report(run)
         else:
             hint = "to continue: the same command with --init_from=auto"
@@ -216,9 +221,12 @@ def start_ranks(settings: TrainConfig):
     dist.init_process_group(backend, timeout=timeout, **place)
     with shared_failure(store, rank):
         yield Ranks(rank, world_size, device)
+    try:
         if device.type == "cpu":
             dist.barrier()  # a process that ends while gloo's threads still send can be aborted
-    dist.destroy_process_group()
+        dist.destroy_process_group()
+    except RuntimeError as error:  # a rank that has ended; the last checkpoint is written
+        print(f"rank {rank}, after the training: {error!r:.200}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -306,8 +314,7 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
         if folder.exists():
             return
         if settings.dataset not in MADE_WHEN_MISSING:
-            hint = f"make it: python prepare_data.py {settings.dataset} (--help names the datasets)"
-            raise Failure(f"{folder} does not exist; {hint}")
+            raise Failure(f"{folder} does not exist; {dataset_hint(settings)}")
         script = Path(__file__).with_name("prepare_data.py")
         command = [sys.executable, script, settings.dataset, f"--data_dir={settings.data_dir}"]
         code = subprocess.run(command).returncode
@@ -318,17 +325,15 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
     return Dataset(folder, settings.block_size, settings.tokenizer, settings.split_pattern)
 
 
-@contextlib.contextmanager
-def claimed_folder(settings: TrainConfig):
-    """Hold the lock of the run's folder. Raises Failure where a new run would overwrite another."""
-    folder = Path(settings.out_dir)
-    with locked(folder / "lock", f"{folder} is in use by another run; choose another --out_dir"):
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # of a run that was killed
-        has_run = checkpoint.saved(folder) or (folder / "best.pt").exists()
-        if has_run and settings.init_from not in ("resume", "auto") and not settings.overwrite:
-            choices = "continue it: --init_from=resume, keep it: --out_dir=ANOTHER"
-            raise Failure(f"{folder} already has a run; {choices}, lose it: --overwrite=True")
-        yield
+def dataset_hint(settings: TrainConfig) -> str:
+    """How to make a dataset that is missing, or to name it where a path was given."""
+    path, data_dir = Path(settings.dataset), settings.data_dir
+    if path.parent != Path():
+        names = shlex.join([f"--data_dir={path.parent}", f"--dataset={path.name}"])
+        return f"a dataset's folder and name are two settings: {names}"
+    options = [f"--data_dir={data_dir}"] if data_dir != TrainConfig.data_dir else []
+    command = shlex.join(["python", "prepare_data.py", path.name, *options])
+    return f"make it: {command} (with --source=PATH for your own text)"
 
 
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
@@ -415,7 +420,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
 
 
 def build_model(settings: TrainConfig, dataset: Dataset, saved: dict) -> GPT:
-    """The model of the checkpoint, of a Hugging Face folder, or a new one. Raises Failure."""
+    """The model of the checkpoint, another's weights, or a new one. Raises Failure."""
     if saved:
         model = checkpoint.restore_model(saved, Path(settings.out_dir) / "latest.pt")
     elif settings.fine_tunes:
@@ -440,22 +445,15 @@ def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Mod
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
     """The model to fine-tune. Raises Failure where it does not fit the dataset or the settings."""
     name, tokens, block_size = settings.init_from, dataset.tokenizer, settings.block_size
-    model, tokenizer = checkpoint.open_hf(name, settings.dropout)
+    model, tokenizer = checkpoint.open_model(name, "", settings.dropout)
     if not tokenizer.same_ids(tokens):
-        hint = f"make it again: python prepare_data.py NAME --source=PATH --tokenizer={name}"
+        is_run = checkpoint.find_model(name).is_file()
+        source = "data/ITS_DATASET/tokenizer.tiktoken" if is_run else shlex.quote(name)
+        hint = f"make it again: python prepare_data.py NAME --source=PATH --tokenizer={source}"
         raise Failure(f"dataset {settings.dataset} has the tokenizer {tokens.name}; {hint}")
     if block_size > model.config.block_size:
         raise Failure(f"block_size {block_size} exceeds the {model.config.block_size} of {name}")
     return model
-
-
-def clear_folder(run: Run):
-    """Remove what an earlier run left: all of it, or the log after the step that is resumed."""
-    if run.settings.init_from == "resume":
-        log.cut_metrics(run.folder, run.step)
-        return
-    for name in ("latest.pt", "previous.pt", "best.pt", "metrics.jsonl", "loss.png"):
-        (run.folder / name).unlink(missing_ok=True)
 
 
 def describe(run: Run) -> str:
@@ -464,24 +462,17 @@ def describe(run: Run) -> str:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     flops = run.model.flops_per_token(settings.block_size)
     epochs = settings.max_steps * settings.batch_tokens / train_tokens
+    needed, room = 3 * 12 * parameters, log.room(run.folder)
+    warning = f"\nwarning: {run.folder} has room for {room / 1e9:.1f} GB, and three checkpoints "
+    warning += f"need {needed / 1e9:.1f} GB"
     return (
         f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP per token\n"
         f"data: {train_tokens:,} training tokens of {settings.dataset}; {settings.max_steps:,} "
         f"steps of {settings.batch_tokens:,} are {epochs:.2f} epochs\n"
         f"batch: {settings.micro_batch_size} sequences of {settings.block_size} "
         f"x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
-        f"on {settings.device} in {settings.dtype}"
+        f"on {settings.device} in {settings.dtype}{warning if room < needed else ''}"
     )
-
-
-def warn_of_disk(run: Run):
-    """Warn where the disk lacks room for latest.pt, previous.pt and the next one."""
-    needed = 3 * 12 * sum(parameter.numel() for parameter in run.model.parameters())
-    existing = sum(path.stat().st_size for path in checkpoint.saved(run.folder))
-    room = shutil.disk_usage(run.folder).free + existing
-    if room < needed:
-        sizes = f"{room / 1e9:.1f} GB of room, three checkpoints need {needed / 1e9:.1f} GB"
-        run.print(f"warning: {run.folder} has {sizes}")
 
 
 # The loop
@@ -596,8 +587,8 @@ def stop_if_not_finite(run: Run):
     """After a step that was not finite, save the state before it and raise Failure."""
     if not run.found_inf:  # waits for the device
         return
-    ranks, run.step = run.ranks, int(run.bad_step)
-    write_latest(run)
+    ranks, run.step, run.found_inf = run.ranks, int(run.bad_step), 0.0
+    save_latest(run)
     finish_saving(run)
     bad_rank = ranks.min(ranks.rank if run.is_bad_here else ranks.world_size)
     what = f"the loss of rank {bad_rank}" if bad_rank < ranks.world_size else "the gradient"
@@ -705,10 +696,6 @@ def validate(run: Run) -> float | None:
 def save_latest(run: Run):
     """Write latest.pt while training goes on. Raises Failure where numbers are not finite."""
     stop_if_not_finite(run)
-    write_latest(run)
-
-
-def write_latest(run: Run):
     finish_saving(run)  # one at a time
     if run.writer:
         optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
@@ -751,10 +738,5 @@ def report(run: Run):
 
 
 if __name__ == "__main__":
-    with config.exit_on_failure():
-        try:
-            main(config.load(TrainConfig, sys.argv[1:]))
-        except torch.OutOfMemoryError:
-            hint = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
-            raise Failure(f"the GPU's memory is full; {hint}") from None
-    config.end_process(0)
+    hint = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
+    config.run(main, TrainConfig, hint)

@@ -15,12 +15,25 @@ import os
 import re
 import sys
 import time
-from operator import add, floordiv, mul, sub, truediv
+from operator import add, floordiv, mul, neg, pos, sub, truediv
 from pathlib import Path
 
 BAD_INPUT, NOT_FINITE, NO_CHECKPOINT, IN_USE, INPUT_OUTPUT = 2, 3, 4, 5, 6  # exit codes; 0 is done
 
+# Settings that are, or can be, a path
+PATHS = "out_dir data_dir dataset init_from tokenizer checkpoint prompts text export_hf"
+OUT_OF_MEMORY = "DefaultCPUAllocator|out of memory|ALLOC_FAILED"  # in a RuntimeError of torch
+
+
+def power(base, exponent):
+    """base ** exponent, where it is quick to compute. Raises ValueError."""
+    if abs(base) >= 2**63 or abs(exponent) >= 64:
+        raise ValueError(f"{base} ** {exponent} is too large")
+    return base**exponent
+
+
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv}
+OPERATORS |= {ast.Pow: power, ast.UAdd: pos, ast.USub: neg}
 
 
 class Failure(Exception):
@@ -31,8 +44,25 @@ class Failure(Exception):
         self.code = code
 
 
+def run(main, settings_class, less_memory: str, positional: str = ""):
+    """Run a script: main(settings), with the settings of the command line, then end the process.
+
+    less_memory: what to do where memory is full. Any text can be printed, in UTF-8 whatever the
+    console's encoding; a closed standard stream is replaced by an empty one.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115  open to the end
+        with contextlib.suppress(AttributeError):  # of a notebook, which has its own streams
+            encoding = "utf-8" if mode == "w" else None
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+        setattr(sys, name, stream)
+    with exit_on_failure(less_memory):
+        main(load(settings_class, sys.argv[1:], positional))
+    end_process(0)
+
+
 @contextlib.contextmanager
-def exit_on_failure():
+def exit_on_failure(less_memory: str = ""):
     """An expected error inside ends the program with one message and its exit code, no traceback.
 
     torchrun ends all ranks once one has ended. So of an error that all ranks have, rank 0 prints
@@ -48,6 +78,10 @@ def exit_on_failure():
         message, code = "", 0
     except OSError as error:
         message, code = f"{type(error).__name__}: {error}", INPUT_OUTPUT
+    except (MemoryError, RuntimeError) as error:  # the latter also of a CPU or of Apple's GPUs
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        message, code = f"memory is full; {less_memory}", BAD_INPUT
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     rank = os.environ.get("RANK", "0")
@@ -107,7 +141,7 @@ def check_choices(settings, **choices: str):
 def parse(settings_class, arguments: list[str], positional: str) -> dict:
     """The settings that the arguments give. Raises ValueError; Failure in a recipe."""
     values = {}
-    for argument in sorted(arguments, key=lambda a: a.startswith("-")):  # recipes come first
+    for argument in sorted(arguments, key=lambda a: a[:1] == "-" and "=" in a):  # recipes first
         name, equals, text = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and equals:
             values[name] = convert(settings_class, name, text, from_text=True)
@@ -116,7 +150,7 @@ def parse(settings_class, arguments: list[str], positional: str) -> dict:
         elif positional and positional not in values and not argument.startswith("-"):
             values[positional] = argument
         else:
-            hint = "a recipe is a file like config/small.py, a setting is --name=value"
+            hint = "a recipe is a file like config/small.py, a setting is --name=value, no spaces"
             raise ValueError(f"{argument}: {hint} (--help lists the names)")
     return values
 
@@ -125,7 +159,7 @@ def read_recipe(path: Path, settings_class) -> dict:
     """The settings of a recipe file. Raises Failure at file:line for anything else."""
     values, line = {}, 1
     try:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in ast.parse(path.read_text(encoding="utf-8-sig")).body:
             line = node.lineno
             match node:
                 case ast.Expr(ast.Constant(str())):  # a docstring
@@ -134,6 +168,11 @@ def read_recipe(path: Path, settings_class) -> dict:
                     values[name] = convert(settings_class, name, evaluate(value))
                 case _:
                     raise ValueError("a recipe holds only lines of the form name = value")
+    except FileNotFoundError:
+        folder = Path(__file__).parent
+        near = difflib.get_close_matches(path.name, os.listdir(folder), 1)
+        hint = f"; did you mean {os.path.relpath(folder / near[0])}?" if near else ""
+        raise Failure(f"{path}: there is no such recipe{hint}") from None
     except (SyntaxError, ValueError, TypeError, ArithmeticError) as error:
         raise Failure(f"{path}:{getattr(error, 'lineno', None) or line}: {error}") from None
     return values
@@ -144,8 +183,8 @@ def evaluate(node):
     match node:
         case ast.Constant(bool() | int() | float() | str() as value):
             return value
-        case ast.UnaryOp(ast.USub(), operand):
-            return -evaluate(operand)
+        case ast.UnaryOp(operator, operand) if type(operator) in OPERATORS:
+            return OPERATORS[type(operator)](evaluate(operand))
         case ast.BinOp(left, operator, right) if type(operator) in OPERATORS:
             values = evaluate(left), evaluate(right)
             if not any(isinstance(value, str) for value in values):
@@ -169,6 +208,10 @@ def convert(settings_class, name: str, value, from_text: bool = False):
     if not fits or (wanted is float and not math.isfinite(value)):
         words = {int: "a whole number", float: "a finite number", bool: "True or False"}
         raise ValueError(f"{name} is {words.get(wanted, 'a string in quotes')}, not {value!r}")
+    if name in PATHS.split():
+        value = os.path.expanduser(value)
+        if not value and getattr(settings_class, name):
+            raise ValueError(f"{name} is empty; name a path, or leave it out")
     return wanted(value)
 
 

@@ -1,9 +1,12 @@
 """Settings: what a recipe may hold, which value wins, and how a mistake ends a program."""
 
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 from conftest import ROOT, run_inside
 
 import config
@@ -41,7 +44,7 @@ def write_recipe(folder, text: str, name: str = "recipe.py") -> str:
 
 
 def test_the_later_value_wins(tmp_path):
-    text = '"""Doc."""\nsteps = 8 * 1024  # a comment\nrate = 1\nname = "first"\n'
+    text = '\ufeff"""Doc."""\nsteps = 8 * 1024  # a comment\nrate = 1\nname = "first"\n'
     first = write_recipe(tmp_path, text, "first.py")
     second = write_recipe(tmp_path, 'name = "second"\nrate = -3e-4 / 2 + 0\n', "second.py")
     for arguments, wanted in (
@@ -50,6 +53,7 @@ def test_the_later_value_wins(tmp_path):
         ([second, first, "--loud=True"], Toy(8192, 1.0, True, "first")),
         (["--steps=2*3-1", "--loud=true", "--name=a=b c"], Toy(5, 0.5, True, "a=b c")),
         (["--rate=7//2"], Toy(rate=3.0)),
+        (["--steps=+2**10", "--rate=+1e-3"], Toy(1024, 1e-3)),
     ):
         assert config.load(Toy, arguments) == wanted
     assert config.load(Toy, ["--steps=3", "x"], positional="name") == Toy(3, name="x")
@@ -72,6 +76,7 @@ def refused(capsys, arguments: list[str], positional="") -> str:
         ("steps = __import__('os').getpid()", "recipe.py:1: a value is a number"),
         ("steps = 'a' * 3", "recipe.py:1: a value is a number"),
         ("steps = 1 / 0", "recipe.py:1: division by zero"),
+        ("steps = 9**9**9", "recipe.py:1: 9 ** 387420489 is too large"),
         ("steps = -'a'", "recipe.py:1: bad operand"),
         ("steps = 1.5", "recipe.py:1: steps is a whole number, not 1.5"),
         ("steps = True", "recipe.py:1: steps is a whole number, not True"),
@@ -98,11 +103,32 @@ def test_a_bad_recipe_is_refused_at_its_line(tmp_path, capsys, text, message):
         ("--steps", "a setting is --name=value"),
         ("steps=3", "a recipe is a file"),
         ("one two", "two: a recipe is a file"),
+        ("one --name two", "--name: a recipe is a file like config/small.py, a setting is --name="),
     ],
 )
 def test_a_bad_argument_is_refused(capsys, arguments, message):
-    positional = "name" if arguments == "one two" else ""
+    positional = "name" if arguments.startswith("one") else ""
     assert message in refused(capsys, arguments.split(), positional)
+
+
+def test_the_hint_for_a_mistyped_recipe_is_a_path_that_works(tmp_path, monkeypatch, capsys):
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        message = refused(capsys, ["config/smal.py"])
+        assert "config/smal.py: there is no such recipe; did you mean" in message
+        assert os.path.samefile(message.split()[-1].rstrip("?"), ROOT / "config" / "small.py")
+    assert refused(capsys, ["x/y.py"]).endswith("x/y.py: there is no such recipe\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_paths_are_expanded_and_not_empty(script, monkeypatch):
+    monkeypatch.setenv("HOME", "/me")
+    settings = SCRIPTS[script][1]
+    for name in config.PATHS.split() & settings.__dataclass_fields__.keys():
+        assert config.convert(settings, name, "~/a b") == "/me/a b"
+        if getattr(settings, name):  # else "" is off
+            with pytest.raises(ValueError, match=f"{name} is empty"):
+                config.convert(settings, name, "", from_text=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -137,7 +163,6 @@ BAD_SETTINGS = [
     ("train --device=gpu", "device is 'gpu' and must be one of auto, cpu, cuda, mps"),
     ("train --optimizer=sgd", "optimizer is 'sgd' and must be one of adamw, muon"),
     ("train --init_from=gpt2 --n_layer=2", "n_layer has no effect: gpt2 has its own shape"),
-    ("train --init_from=typo", "typo is neither a folder nor OWNER/NAME on the"),
     ("sample --temperature=-1", "temperature is -1.0 and must be at least 0"),
     ("sample --top_p=1.1", "top_p is 1.1, min_p 0.0: both must be at most 1"),
     ("sample --min_p=-0.1", "min_p is -0.1 and must be at least 0"),
@@ -186,6 +211,50 @@ def test_errors_of_the_system_have_their_exit_code(error, code, capsys):
     with pytest.raises(SystemExit) as exit_, config.exit_on_failure():
         raise error
     assert exit_.value.code == code and capsys.readouterr().err.count("\n") == 1
+
+
+OUT_OF_MEMORY = [
+    (lambda: torch.empty(1 << 50), True),  # on a CPU
+    (lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+    (lambda: RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+    (lambda: bytearray(1 << 60), True),
+    (lambda: RuntimeError("another"), False),
+]
+
+
+@pytest.mark.parametrize("cause, is_known", OUT_OF_MEMORY)
+def test_full_memory_ends_with_the_setting_to_lower(cause, is_known, capsys):
+    error = SystemExit if is_known else RuntimeError
+    with pytest.raises(error) as exit_, config.exit_on_failure("lower --x"):
+        raise cause()
+    assert not is_known or exit_.value.code == 2
+    assert capsys.readouterr().err.endswith(": memory is full; lower --x\n" if is_known else "")
+
+
+SCRIPT = """
+import config, dataclasses, sys
+@dataclasses.dataclass
+class Toy:
+    def check(self):
+        print(sys.stdin.readline(), chr(0x4E2D), chr(0xD800), flush=True)
+        raise ValueError(chr(0x4E2D))
+config.run(print, Toy, "")
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_any_text_is_printed_in_any_encoding_and_to_closed_streams(closed):
+    """Also text that was typed and is none in the encoding."""
+    command = ["bash", "-c", f"{sys.executable} -c '{SCRIPT}' {closed}"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    options = dict(input=b"\x81\n", capture_output=True, cwd=ROOT, env=environment)
+    result = subprocess.run(command, **options)
+    if not closed:
+        assert result.stdout.decode() == "\\x81\n \u4e2d \\ud800\n"
+        assert result.stderr.decode() == "-c: \u4e2d\n"
+    assert result.returncode == 2 and b"Traceback" not in result.stderr
+    for script in SCRIPTS:
+        assert "    config.run(main, " in (ROOT / f"{script}.py").read_text("utf-8")
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

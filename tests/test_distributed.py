@@ -6,6 +6,7 @@ import torch
 from conftest import KINDS, ROOT, metrics, run, tiny_arguments, tiny_run
 
 import checkpoint
+import train
 from config import NOT_FINITE
 
 
@@ -60,6 +61,20 @@ def test_values_that_are_not_finite_on_one_rank_end_all(data_dir, tmp_path):
     assert f"exitcode  : {NOT_FINITE} " in result.stderr or "SIGABRT" in result.stderr
     assert result.stderr.count("step 1: loss nan, gradient_norm nan") == 1
     assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_an_error_as_ranks_part_is_only_printed(monkeypatch, capsys):
+    """All is saved by then."""
+
+    def fail():
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(train.dist, "barrier", fail)
+    with train.start_ranks("cpu"):
+        pass
+    assert capsys.readouterr().err.count("Connection closed by peer") == 1
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """What a run reports about itself and about its machine."""
 
+import shlex
 import sys
 
 import pytest
@@ -23,7 +24,7 @@ def test_speed_and_time_left(monkeypatch):
     assert words == ["100 tokens/s", "50.0% of peak", "0:00:20 left"]
 
 
-def test_metrics_are_cut_at_a_step_and_drawn(tmp_path, monkeypatch):
+def test_metrics_are_cut_at_a_step_and_drawn(tmp_path, monkeypatch, capsys):
     for step in (1, 2, 3):
         log.append_metrics(tmp_path, step=step, loss=1 / step, val_loss=2.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -31,11 +32,19 @@ def test_metrics_are_cut_at_a_step_and_drawn(tmp_path, monkeypatch):
     log.cut_metrics(tmp_path, 2)
     records = [{"step": step, "loss": 1 / step, "val_loss": 2.0} for step in (1, 2)]
     assert log.read_metrics(tmp_path) == records and log.read_metrics(tmp_path / "none") == []
-    pytest.importorskip("matplotlib")
-    assert str(tmp_path / "loss.png") in log.draw_losses(tmp_path)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    folder = tmp_path.rename(tmp_path.with_name("a $b$ \\frac"))  # no mathematics
+    assert str(folder / "loss.png") in log.draw_losses(folder)
+    picture = (folder / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    monkeypatch.setattr(figure, "savefig", lambda *_, **__: 1 / 0)
+    assert "no picture of the loss: ZeroDivisionError" in log.draw_losses(folder)
+    log.print_report(folder, 1.0, 1.0, {})
+    command = capsys.readouterr().out.splitlines()[-1].partition(": ")[2]
+    assert shlex.split(command)[-1] == f"--checkpoint={folder / 'latest.pt'}"
+    assert (folder / "loss.png").read_bytes() == picture and not [*folder.glob(".*")]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install matplotlib" in log.draw_losses(tmp_path)
+    assert "pip install matplotlib" in log.draw_losses(folder)
 
 
 def test_a_gpu_has_the_peak_of_its_longest_name(monkeypatch):

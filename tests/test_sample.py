@@ -142,8 +142,9 @@ def test_choosing_at_the_bounds():
     assert len(set(tokens.tolist())) == 2  # two of four quarters reach a half
     settings = SampleConfig(temperature=1.0, top_k=0, min_p=0.5)
     assert choose(torch.tensor([[0.0, 5.0]]), torch.zeros(1), settings) == 1  # 0.0 is filtered out
-    greedy = choose(even + uniform[:4], uniform, SampleConfig(temperature=0))
-    assert greedy.tolist() == [3] * 100
+    for temperature in (0, 1e-50, 1e-39, 1e-9):
+        greedy = choose(even + uniform[:4], uniform, SampleConfig(temperature=temperature))
+        assert greedy.tolist() == [3] * 100
     is_in_text = torch.tensor([[True, True, False]])
     logits = sample.penalize(torch.tensor([[2.0, -2.0, 3.0]]), is_in_text, 2.0)
     assert logits.tolist() == [[1.0, -4.0, 3.0]]
@@ -236,6 +237,16 @@ def test_bad_prompts_are_refused(tmp_path):
         refused(f"{path}{message}", sample.read_prompts, SampleConfig(prompts=str(path)))
 
 
+def test_entries_of_a_record_are_never_overwritten(tmp_path):
+    for name in sorted(sample.OWN_ENTRIES):
+        path = write(tmp_path / "x.jsonl", json.dumps({"prompt": "a", name: "mine"}))
+        settings = SampleConfig(prompts=str(path), json=True)
+        refused(f"{path}:1: --json has its own '{name}'", sample.read_prompts, settings)
+        [prompt] = sample.read_prompts(SampleConfig(prompts=str(path)))
+        assert prompt == {"id": 1, "prompt": "a", name: "mine"}
+    assert {*shown(b"")[1].to_dict(), "sample"} == sample.OWN_ENTRIES
+
+
 def test_what_exceeds_the_context_is_said(trained):
     error = output_of(trained, "--prompt=" + "x" * 50, "--max_new_tokens=2").stderr
     assert "the last 16 to 32: 51 tokens of a prompt and up to 2 new ones exceed" in error
@@ -276,6 +287,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_loop(trained, monkeypatch):
 def test_a_closed_pipe_ends_quietly_and_a_full_disk_with_one_line():
     for script, end, code in (
         ("sample.py", "| true", 0),
+        ("prepare_data.py --help", "| true", 0),
         (f"evaluate.py --text={FIXTURES / 'text.jsonl'}", "> /dev/full", 6),
     ):
         python = f"env -u PYTHONUNBUFFERED {sys.executable}"
@@ -320,7 +332,7 @@ def test_models_that_cannot_be_opened(exported, tmp_path):
     for name, code, message in (
         ("large", 2, "301 entries, the model 257: they do not belong together"),
         ("bare", 2, "bare.*tokenizer.json"),
-        ("none", 4, "none: .*no checkpoint.*python train.py config/small.py"),
+        ("none", 4, "none: no checkpoint is there; name a .pt file, a run"),
     ):
         refused(message, checkpoint.open_model, str(tmp_path / name), "", code=code)
 

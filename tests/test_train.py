@@ -304,7 +304,9 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
     out_dir = shutil.copytree(finished[0], tmp_path / "run")
     before = weights(out_dir)
     for options, message in (
-        ([], "already has a run; continue it: --init_from=resume"),
+        ([], "(latest.pt, best.pt, metrics.jsonl, loss.png);\ncontinue it: --init_from=resume"),
+        (["--dataset=nothing"], "already has a run"),  # before a dataset is made
+        ([*FINE_TUNE, "--init_from=a/b"], "already has a run"),  # or a model downloaded
         ([RESUME, "--n_embd=32"], "n_embd (was 16, now 32)"),
         ([RESUME, "--max_steps=11"], "is at step 12, and max_steps is 11"),
         (["--overwrite=True", "--dataset=nothing"], "python prepare_data.py nothing"),
@@ -320,6 +322,10 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
     assert result.returncode == NO_CHECKPOINT and "no optimizers' state" in result.stderr
     (out_dir / "latest.pt").unlink()  # as if the run had been killed before its first checkpoint
     assert "already has a run" in tiny_run(data_dir, out_dir).stderr
+    for name in ("best.pt", "lock", "loss.png"):
+        (out_dir / name).unlink()
+    assert "already has a run (metrics.jsonl)" in tiny_run(data_dir, out_dir).stderr
+    assert [path.name for path in out_dir.iterdir()] == ["metrics.jsonl"]  # which can be another's
     assert tiny_run(data_dir, out_dir, "--overwrite=True", "--seed=3").returncode == 0
     assert not same(weights(out_dir), before)
 
@@ -327,11 +333,14 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
 FAILURES = [
     ([RESUME], NO_CHECKPOINT, "there is no checkpoint"),
     (["--dataset=nothing"], 2, "python prepare_data.py nothing"),
+    (["--dataset=data/a b"], 2, "two settings: --data_dir=data '--dataset=a b'"),
     (["--dataset=unmakeable"], 2, "the dataset unmakeable could not be made"),
     (["--dataset=damaged"], 2, "manifest.json is damaged"),
     (["--block_size=8192", "--batch_tokens=16384"], 2, "one window of 8193 val tokens"),
     (["--device=mps"], 2, "finds none here"),
     ([*FINE_TUNE, "--init_from=a/b", "--dataset=stdlib"], INPUT_OUTPUT, "could not download a/b"),
+    ([*FINE_TUNE, "--init_from=config/b", "--dataset=stdlib"], NO_CHECKPOINT, "config/b: no check"),
+    ([*FINE_TUNE, "--init_from=a/b.pt", "--dataset=stdlib"], NO_CHECKPOINT, "a/b.pt: no checkp"),
 ]
 
 
@@ -393,6 +402,20 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path, shape
     assert result.returncode == 2 and f"--tokenizer={tmp_path / 'hf'}" in result.stderr
     printed = tiny_run(tmp_path / "data", tmp_path / "run", RESUME, *rates).stderr
     assert "tokenizer (was bytes, now bpe:300" in printed and "the files of dataset" in printed
+
+
+def test_a_run_starts_from_another_runs_weights(finished, data_dir, tmp_path):
+    rates = [*FINE_TUNE, "--warmup_steps=0", "--learning_rate=0", "--min_lr=0", "--dropout=0.5"]
+    for start in (finished[0], finished[0] / "latest.pt"):
+        out_dir = tmp_path / start.name
+        result = tiny_run(data_dir, out_dir, f"--init_from={start}", "--max_steps=1", *rates)
+        assert result.returncode == 0, result.stderr
+        assert same(weights(out_dir), weights(finished[0]))
+        state = checkpoint.load(out_dir / "latest.pt")
+        assert state["step"] == 1 and state["model_config"]["dropout"] == 0.5
+    shutil.copytree(FIXTURES / "dataset", tmp_path / "data" / "tiny")
+    result = tiny_run(tmp_path / "data", tmp_path / "other", f"--init_from={start}", *FINE_TUNE)
+    assert "--tokenizer=data/ITS_DATASET/tokenizer.tiktoken" in result.stderr
 
 
 @pytest.mark.gpu
