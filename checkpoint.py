@@ -159,14 +159,14 @@ class Writer:
     def __init__(self, folder: Path):
         self.folder = folder
         self.pool = ThreadPoolExecutor(1)
-        self.saving = None  # the Future of latest.pt
+        self.futures = []
 
     def start(self, name: str, state: dict):
         """Copy the state, which takes what a GPU's copies to pinned memory do, and write it."""
         started = time.monotonic()
         state = snapshot(state, {})
-        future = self.pool.submit(self.write, name, state, time.monotonic() - started)
-        self.saving = future if name == "latest.pt" else self.saving
+        waited = time.monotonic() - started
+        self.futures.append(self.pool.submit(self.write, name, state, waited))
 
     def write(self, name: str, state: dict, waited: float):
         started = time.monotonic()
@@ -183,15 +183,15 @@ class Writer:
             print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def is_done(self) -> bool:
-        return self.saving is None or self.saving.done()
+        return all(future.done() for future in self.futures)
 
     def has_failed(self) -> bool:
-        return bool(self.saving and self.saving.done() and self.saving.exception())
+        return any(future.done() and future.exception() for future in self.futures)
 
     def finish(self):
-        """Wait for latest.pt. Raises OSError where it could not be written."""
-        if self.saving:
-            self.saving.result()
+        """Wait until all is written. Raises OSError where latest.pt could not be."""
+        while self.futures:
+            self.futures.pop().result()
 
 
 def snapshot(value, copies: dict):
@@ -220,6 +220,42 @@ def model_state(model: GPT, tokenizer: Tokenizer) -> dict:
         "model": model.state_dict(),
         "tokenizer": tokenizer.record() | {"text": tokenizer.to_text()},
     }
+
+
+# What may change on resume: a list of these, so that a new setting is refused until someone decides
+NAMES = (
+    "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
+    "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
+    "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
+    "compile activation_checkpointing verify_data distributed_timeout"
+)
+MAY_CHANGE = frozenset(NAMES.split())
+
+
+def check_same_run(saved: dict, settings: dict, defaults: dict, dataset):
+    """Raise Failure where a checkpoint would not continue as the run it is from.
+
+    settings: of the run that continues, by name. defaults: where the checkpoint lacks one.
+    """
+    out_dir, before, differing = settings["out_dir"], saved["settings"], []
+    if "optimizers" not in saved:
+        reason = "has no optimizers' state (is it a best.pt?)"
+        raise Failure(f"{out_dir}/latest.pt {reason}", NO_CHECKPOINT)
+    if saved["step"] > settings["max_steps"]:
+        steps = f"at step {saved['step']}, and max_steps is {settings['max_steps']}"
+        raise Failure(f"{out_dir} is {steps}")
+    for name, new in settings.items():
+        old = before.get(name, defaults[name])
+        if name not in MAY_CHANGE and old != new:
+            differing.append(f"{name} was {old}, is {new}")
+    tokenizer = restore_tokenizer(saved)
+    if not tokenizer.same_ids(dataset.tokenizer):
+        differing.append(f"tokenizer was {tokenizer.name}, is {dataset.tokenizer.name}")
+    if saved["dataset"] not in (dataset.fingerprint(), dataset.old_fingerprint()):
+        differing.append(f"the files of dataset {settings['dataset']} have changed")
+    if differing:
+        hint = "set them as they were, or start a new run with another --out_dir"
+        raise Failure(f"{out_dir} cannot be continued: {', '.join(differing)};\n{hint}")
 
 
 def restore_model(state: dict, path: Path, **changes) -> GPT:

@@ -79,18 +79,25 @@ def clear_folder(folder: Path, step: int | None):
         (folder / name).unlink(missing_ok=True)
 
 
-def room(folder: Path) -> int:
-    """Bytes for checkpoints: what is free, and what later checkpoints replace."""
-    replaced = [folder / name for name in ("latest.pt", "previous.pt")]
-    sizes = [path.stat().st_size for path in replaced if path.exists()]
-    return shutil.disk_usage(folder).free + sum(sizes)
+def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
+    """A line if the disk lacks room for latest.pt, previous.pt and the one that replaces them."""
+    saved = [folder / name for name in ("latest.pt", "previous.pt")]
+    room = shutil.disk_usage(folder).free
+    room += sum(path.stat().st_size for path in saved if path.exists())
+    if room >= 3 * checkpoint_bytes:
+        return ""
+    needed = f"three checkpoints need {3 * checkpoint_bytes / 1e9:.1f} GB"
+    return f"\nwarning: {needed}, and {folder} has room for {room / 1e9:.1f} GB"
 
 
-def append_metrics(folder: Path, **values):
-    """Add one line to metrics.jsonl."""
-    path = folder / "metrics.jsonl"
-    with naming(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+def append_metrics(folder: Path, values: dict):
+    """Add one line to metrics.jsonl, without nan (not known). Training does not depend on it."""
+    known = {name: value for name, value in values.items() if value == value}
+    try:
+        with naming(folder / "metrics.jsonl"), open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(known) + "\n")
+    except OSError as error:
+        print(f"warning: a line of the log is lost: {error}", flush=True)
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -9,24 +9,23 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices; embeddings, head and vectors are AdamW's.
 
     matrices: (weight, count) pairs, count matrices stacked in a weight, as GPT.matrices returns
-    them.
-    split: computes function(batch) for a batch of matrices (N, R, C); several ranks can split it.
+    them. The ranks of a process group, which all have the same gradients, split the work.
 
     An update's root mean square is 0.2 of the learning rate, about AdamW's, so both can share a
     learning rate and weight decay: Liu et al. 2025, "Muon is Scalable for LLM Training", section
     2.2. torch.optim.Muon, the reference in the tests, has neither stacked matrices nor ranks.
     """
 
-    def __init__(self, matrices, momentum: float, weight_decay: float, split=None):
+    def __init__(self, matrices, momentum: float, weight_decay: float):
         weights, self.counts = zip(*matrices)
         self.found_inf = 0.0  # or a tensor, as GradScaler sets it: 1.0 skips an update
-        self.split = split or (lambda function, batch: function(batch))
         super().__init__(weights, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -48,7 +47,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         for shape, pairs in self.by_shape(weights, updates).items():
             matrices, directions = zip(*pairs)
-            orthogonal = self.split(orthogonalize, torch.stack(directions)).to(matrices[0].dtype)
+            orthogonal = split(orthogonalize, torch.stack(directions)).to(matrices[0].dtype)
             scale = 0.2 * math.sqrt(max(shape))  # orthogonal: a mean square of 1 / max(shape)
             torch._foreach_add_(matrices, (orthogonal * (-lr * scale)).unbind())
 
@@ -59,6 +58,19 @@ class Muon(torch.optim.Optimizer):
             for pair in zip(weight.chunk(count), update.chunk(count)):
                 pairs[pair[0].shape].append(pair)
         return pairs
+
+
+def split(function, batch: torch.Tensor) -> torch.Tensor:
+    """function(batch), of which each rank computes an equal part."""
+    if not dist.is_initialized():
+        return function(batch)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    count = math.ceil(len(batch) / world_size)
+    indices = torch.arange(count, device=batch.device) + rank * count
+    part = function(batch[indices % len(batch)]).contiguous()  # the last may repeat the first
+    result = part.new_empty(count * world_size, *part.shape[1:])
+    dist.all_gather_into_tensor(result, part)
+    return result[: len(batch)]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ continue exactly. On another number of ranks (processes, one per GPU) the batche
 """
 
 import contextlib
+import inspect
 import math
 import os
 import re
@@ -33,7 +34,7 @@ import config
 import hardware
 import log
 import sample
-from config import INPUT_OUTPUT, NO_CHECKPOINT, NOT_FINITE, Failure
+from config import INPUT_OUTPUT, NOT_FINITE, Failure
 from dataset import Dataset, window_order
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
@@ -175,17 +176,6 @@ class Ranks:
         """Whether `flag` is set on any rank."""
         return self.min(not flag) == 0
 
-    def split(self, function, batch: torch.Tensor) -> torch.Tensor:
-        """function(batch), of which each rank computes an equal part: for Muon."""
-        if self.world_size == 1:
-            return function(batch)
-        count = math.ceil(len(batch) / self.world_size)
-        indices = torch.arange(count, device=batch.device) + self.rank * count
-        part = function(batch[indices % len(batch)]).contiguous()  # the last may repeat the first
-        result = part.new_empty(count * self.world_size, *part.shape[1:])
-        dist.all_gather_into_tensor(result, part)
-        return result[: len(batch)]
-
     def on_rank_0(self, task):
         """Run `task` on rank 0 while the others wait. If it fails, all end and rank 0 says why."""
         failure = None
@@ -297,13 +287,9 @@ class Run:
                 print(text, flush=True)
 
     def record(self, **values):
-        """Add a line to metrics.jsonl on rank 0; nan (not known) is left out."""
+        """Add a line to metrics.jsonl on rank 0."""
         if self.ranks.rank == 0:
-            known = {name: value for name, value in values.items() if value == value}
-            try:
-                log.append_metrics(self.folder, **known)
-            except OSError as error:
-                self.print(f"warning: a line of metrics.jsonl is lost: {error}")
+            log.append_metrics(self.folder, values)
 
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
@@ -327,13 +313,12 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
 
 def dataset_hint(settings: TrainConfig) -> str:
     """How to make a dataset that is missing, or to name it where a path was given."""
-    path, data_dir = Path(settings.dataset), settings.data_dir
+    path = Path(settings.dataset)
     if path.parent != Path():
         names = shlex.join([f"--data_dir={path.parent}", f"--dataset={path.name}"])
         return f"a dataset's folder and name are two settings: {names}"
-    options = [f"--data_dir={data_dir}"] if data_dir != TrainConfig.data_dir else []
-    command = shlex.join(["python", "prepare_data.py", path.name, *options])
-    return f"make it: {command} (with --source=PATH for your own text)"
+    command = shlex.join(["prepare_data.py", path.name, f"--data_dir={settings.data_dir}"])
+    return f"make it: python {command} (with --source=PATH for your own text)"
 
 
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
@@ -346,13 +331,13 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         # rank 0 puts a damaged one aside, before the others read
         ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder)))
         saved = saved or checkpoint.load_newest(folder)
-        check_same_run(saved, settings, dataset)
+        checkpoint.check_same_run(saved, asdict(settings), asdict(TrainConfig()), dataset)
     dataset.verify(settings.verify_data, is_known=bool(saved))
     hardware.keep_freed_memory()
     model = build_model(settings, dataset, saved).to(ranks.device)
     settings = resolve_auto(settings, ranks, model, saved)
     forward = parallelize(model, settings, ranks)  # before the optimizers: it may replace weights
-    run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings, ranks))
+    run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
     if saved:
         for optimizer, state in zip(run.optimizers, saved["optimizers"]):
             checkpoint.restore_optimizer(optimizer, state, folder)
@@ -361,40 +346,6 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         if saved["settings"].get("eval_tokens") != settings.eval_tokens:
             run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
     return run
-
-
-# What may change on resume: names, rates and clipping, validation and logging, hardware
-NAMES = (
-    "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
-    "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
-    "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
-    "compile activation_checkpointing verify_data distributed_timeout"
-)
-MAY_CHANGE = frozenset(NAMES.split())
-
-
-def check_same_run(saved: dict, settings: TrainConfig, dataset: Dataset):
-    """Raise Failure where a checkpoint would not continue as the run it is from."""
-    before, differing = saved["settings"], []
-    if "optimizers" not in saved:
-        path = Path(settings.out_dir) / "latest.pt"
-        raise Failure(f"{path} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
-    for name, default in asdict(TrainConfig()).items():
-        old, new = before.get(name, default), getattr(settings, name)
-        if name not in MAY_CHANGE and old != new:
-            differing.append(f"{name} (was {old}, now {new})")
-    tokenizer = checkpoint.restore_tokenizer(saved)
-    if not tokenizer.same_ids(dataset.tokenizer):
-        differing.append(f"tokenizer (was {tokenizer.name}, now {dataset.tokenizer.name})")
-    if saved["dataset"] not in (dataset.fingerprint(), dataset.old_fingerprint()):
-        differing.append(f"the files of dataset {settings.dataset} (was {before.get('dataset')})")
-    step, max_steps = saved["step"], settings.max_steps
-    if step > max_steps:
-        raise Failure(f"{settings.out_dir} is at step {step}, and max_steps is {max_steps}")
-    if differing:
-        hint = "set them as they were, or start a new run with another --out_dir"
-        others = ", ".join(differing)
-        raise Failure(f"{settings.out_dir} cannot continue with another {others};\n{hint}")
 
 
 def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
@@ -439,7 +390,9 @@ def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Mod
         model.compile()
     if ranks.world_size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    old, new = "broadcast_buffers", "forward_sync_buffers"  # one option, renamed in torch 2.13
+    return DistributedDataParallel(model, **{new if new in known else old: False})
 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
@@ -462,16 +415,13 @@ def describe(run: Run) -> str:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     flops = run.model.flops_per_token(settings.block_size)
     epochs = settings.max_steps * settings.batch_tokens / train_tokens
-    needed, room = 3 * 12 * parameters, log.room(run.folder)
-    warning = f"\nwarning: {run.folder} has room for {room / 1e9:.1f} GB, and three checkpoints "
-    warning += f"need {needed / 1e9:.1f} GB"
     return (
         f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP per token\n"
         f"data: {train_tokens:,} training tokens of {settings.dataset}; {settings.max_steps:,} "
         f"steps of {settings.batch_tokens:,} are {epochs:.2f} epochs\n"
         f"batch: {settings.micro_batch_size} sequences of {settings.block_size} "
         f"x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
-        f"on {settings.device} in {settings.dtype}{warning if room < needed else ''}"
+        f"on {settings.device} in {settings.dtype}" + log.warn_of_room(run.folder, 12 * parameters)
     )
 
 
@@ -555,12 +505,9 @@ def catch_stop_requests(run: Run):
         if number == signal.SIGINT and now > run.stop_requested + 2:
             raise KeyboardInterrupt
 
-    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    handlers = {number: signal.getsignal(number) for number in (getattr(signal, n) for n in names)}
-    if handlers[signal.SIGHUP] == signal.SIG_IGN:  # by nohup
-        del handlers[signal.SIGHUP]
-    for number in handlers:
-        signal.signal(number, request)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
+    handlers = {number: signal.signal(number, request) for number in numbers}
     try:
         yield
     finally:
@@ -609,7 +556,7 @@ def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Te
     run.print(" | ".join([done, f"loss {loss:.4f}", *words, f"{memory:.1f} GiB"]))
 
 
-def make_optimizers(model: GPT, settings: TrainConfig, ranks: Ranks) -> list:
+def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     """AdamW (Loshchilov & Hutter 2019), and Muon for the blocks' matrices if asked for."""
     weight_decay, betas = settings.weight_decay, (settings.beta1, settings.beta2)
     matrices = model.matrices() if settings.optimizer == "muon" else []
@@ -621,7 +568,7 @@ def make_optimizers(model: GPT, settings: TrainConfig, ranks: Ranks) -> list:
     ]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, settings.muon_momentum, weight_decay, ranks.split))
+        optimizers.append(Muon(matrices, settings.muon_momentum, weight_decay))
     return optimizers
 
 
