@@ -261,24 +261,28 @@ def check_same_run(saved: dict, settings: dict, defaults: dict, dataset):
 def restore_model(state: dict, path: Path, **changes) -> GPT:
     """The model of a loaded checkpoint; `path` is for the message, `changes` for its config."""
     try:
-        model = GPT(GPTConfig(**state["model_config"] | changes))
+        config = GPTConfig(**state["model_config"] | changes)
+        if config.n_layer > len(state["model"]):
+            raise ValueError(f"{config.n_layer} layers of {len(state['model'])} tensors")
+        model = GPT(config)
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise Failure(f"{path} does not fit this version: {error!r:.200}", NO_CHECKPOINT) from None
     return model
 
 
-def restore_optimizer(optimizer, state: dict, path: Path):
-    """Give an optimizer the moments of a loaded checkpoint; `path` is for a Failure's message."""
-    groups = optimizer.state_dict()["param_groups"]  # the settings decide these
-    names = MOMENTS[type(optimizer).__name__]
+def restore_optimizers(optimizers: list, saved: dict, path: Path):
+    """Give optimizers the moments of a loaded checkpoint; `path` is for a Failure's message."""
     try:
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            moments = optimizer.state[parameter] or dict.fromkeys(names, parameter)  # at step 0
-            shapes = {name: (moments[name].shape, moments[name].dtype) for name in names}
-            if set(shapes.values()) != {(parameter.shape, torch.float32)}:
-                raise ValueError(f"moments are {shapes}")
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]  # the settings decide these
+            optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                moments = optimizer.state[parameter]
+                for name in MOMENTS[type(optimizer).__name__] if saved["step"] else ():
+                    found = moments[name].dtype, moments[name].shape
+                    if found != (torch.float32, parameter.shape):
+                        raise ValueError(f"{name} is {found}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Failure(f"{path} does not fit its model: {error!r:.200}", NO_CHECKPOINT) from None
 

@@ -339,8 +339,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     forward = parallelize(model, settings, ranks)  # before the optimizers: it may replace weights
     run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
     if saved:
-        for optimizer, state in zip(run.optimizers, saved["optimizers"]):
-            checkpoint.restore_optimizer(optimizer, state, folder)
+        checkpoint.restore_optimizers(run.optimizers, saved, folder)
         run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
         run.val_loss, run.val_step = saved["val_loss"], saved.get("val_step", run.step)
         if saved["settings"].get("eval_tokens") != settings.eval_tokens:

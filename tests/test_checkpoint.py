@@ -1,10 +1,12 @@
 """Checkpoints: files that prove their integrity, and what a name of a model opens."""
 
+import os
 import shutil
+import zipfile
 
 import pytest
 import torch
-from conftest import FIXTURES, refused
+from conftest import FIXTURES, refused, tiny_run
 
 import checkpoint
 from config import NO_CHECKPOINT
@@ -66,6 +68,117 @@ def test_what_is_no_checkpoint_is_refused_and_runs_no_code(tmp_path, capsys, con
         torch.save(content, path)
     refused(message, checkpoint.open_model, str(path), "", code=NO_CHECKPOINT)
     assert "code ran" not in capsys.readouterr().out
+
+
+def compressed(path):
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def odd(**changes):
+    """A checkpoint of a run with some entries changed, and a checksum that fits."""
+
+    def write(path):
+        state = checkpoint.load(path)
+        for name, change in changes.items():
+            change(state[name])
+        torch.save(state | {"checksum": checkpoint.checksum(state)}, path)
+
+    return write
+
+
+def replaced(write):
+    def replace(path):
+        path.unlink()
+        write(path)
+
+    return replace
+
+
+def first_moment(value):
+    def change(optimizers):
+        optimizers[0]["state"][0]["exp_avg"] = value
+
+    return change
+
+
+ODD = [
+    (replaced(os.mkfifo), "there is no checkpoint"),
+    (replaced(os.mkdir), "there is no checkpoint"),
+    (compressed, "it is compressed"),
+    (odd(model=lambda model: model.popitem()), "does not fit this version"),
+    (odd(model_config=lambda shape: shape.update(n_layer=10**9)), "does not fit this version"),
+    (odd(model_config=lambda shape: shape.update(n_embd=2**40)), "does not fit this version"),
+    (odd(optimizers=lambda optimizers: optimizers.clear()), "does not fit its model"),
+    (odd(optimizers=first_moment(torch.ones(3))), "does not fit its model"),
+    (odd(optimizers=first_moment("x")), "does not fit its model"),
+    (odd(settings=lambda settings: settings.clear()), "cannot be continued"),
+]
+
+
+@pytest.mark.parametrize("change, message", ODD)
+def test_odd_checkpoints_are_one_line(data_dir, tmp_path, change, message):
+    options = ["--dataset=dataset", "--n_layer=1", "--n_embd=8", "--block_size=16"]
+    options += ["--batch_tokens=64", "--max_steps=8", "--warmup_steps=1", "--init_from=resume"]
+    (tmp_path / "run").mkdir()
+    shutil.copy(FIXTURES / "gpt2.pt", tmp_path / "run" / "latest.pt")
+    change(tmp_path / "run" / "latest.pt")
+    result = tiny_run(FIXTURES, tmp_path / "run", *options)
+    assert result.returncode in (2, NO_CHECKPOINT) and message in result.stderr, result.stderr
+    assert result.stderr.count("\n") <= 2
+
+
+def test_a_tensor_that_only_seems_large_is_refused(tmp_path):
+    state = some_state() | {"model": {"a": torch.ones(1).expand(10**9)}}
+    torch.save(state | {"checksum": "x"}, tmp_path / "c.pt")
+    refused("a tensor is not dense", checkpoint.load, tmp_path / "c.pt", code=NO_CHECKPOINT)
+
+
+OPERATIONS = ["replace", "fsync", "unlink", "open", "rmdir"]  # of os
+
+
+def test_a_kill_at_any_file_operation_leaves_a_sound_checkpoint(tmp_path):
+    """Three saves, and a child process that ends before its n-th operation on a file."""
+    finished, count = False, 0
+    while not finished:
+        folder, count = tmp_path / str(count), count + 1
+        folder.mkdir()
+        pid = os.fork()
+        if not pid:
+            save_three(folder, count)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        finished = status == 0
+        steps = [checkpoint.load(path)["step"] for path in checkpoint.saved(folder)]
+        assert status in (0, 9)
+        done = int((folder / "done").read_text() or 0) if (folder / "done").exists() else 0
+        assert max(steps, default=0) >= done and len(steps) >= min(done, 2) - (not finished)
+    assert steps == [3, 2] and count > 10
+
+
+def save_three(folder, kill_at: int):
+    """Runs in a child process: count operations, and end at one of them as if killed."""
+    operations = iter(range(1, 10**6))
+
+    def counted(function):
+        def operation(*arguments, **options):
+            if next(operations) == kill_at:
+                os._exit(9)
+            return function(*arguments, **options)
+
+        return operation
+
+    for name in OPERATIONS:
+        setattr(os, name, counted(getattr(os, name)))
+    try:
+        for step in (1, 2, 3):
+            state = some_state() | {"step": step}
+            checkpoint.save(folder / "latest.pt", state, folder / "previous.pt")
+            (folder / "done").write_text(str(step))
+    finally:
+        os._exit(0)
 
 
 def test_the_names_of_a_model(tmp_path, capsys):

@@ -238,6 +238,99 @@ def test_only_a_later_interrupt_ends_at_once(data_dir, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def break_at(monkeypatch, step: int, place: str):
+    """Make the loss, or only one gradient, not finite in the second micro-step of a step."""
+    forward, calls = GPT.forward, iter(range(10**9))
+
+    def broken(model, tokens, targets):
+        losses, is_now = forward(model, tokens, targets), model.training
+        if not is_now or next(calls) != 4 * step + 1:
+            return losses
+        if place == "loss":
+            return losses * math.inf
+        model.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
+        return losses
+
+    monkeypatch.setattr(GPT, "forward", broken)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path, monkeypatch, kind, place):
+    """Found three steps later, the state before it is saved, from which the run can continue."""
+    options = [*KINDS[kind], "--dropout=0.2", "--eval_interval=8", "--log_interval=4"]
+    assert tiny_run(data_dir, tmp_path / "whole", *options).returncode == 0
+    with monkeypatch.context() as patch:
+        break_at(patch, 5, place)
+        result = tiny_run(data_dir, tmp_path / "parts", *options, "--checkpoint_interval=100")
+    what = "the loss of rank 0" if place == "loss" else "the gradient"
+    assert f"step 6: {what} is not finite (windows at positions 40 to 47)" in result.stderr
+    assert result.returncode == NOT_FINITE and result.stderr.count("\n") == 2
+    assert checkpoint.load(tmp_path / "parts" / "latest.pt")["step"] == 5
+    assert tiny_run(data_dir, tmp_path / "parts", *options, RESUME).returncode == 0
+    assert weights_and_moments(tmp_path / "whole") == weights_and_moments(tmp_path / "parts")
+
+
+def weights_and_moments(out_dir) -> tuple[str, str]:
+    state = checkpoint.load(out_dir / "latest.pt")
+    return checkpoint.checksum(state["model"]), checkpoint.checksum(state["optimizers"])
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_set_aside(finished, data_dir, tmp_path):
+    out_dir = shutil.copytree(finished[0], tmp_path / "run")
+    flip_a_byte(out_dir / "latest.pt")
+    damaged = (out_dir / "latest.pt").read_bytes()
+    result = tiny_run(data_dir, out_dir, RESUME)
+    assert result.returncode == 0 and "the run continues from step 8" in result.stderr
+    assert_same_run(finished[0], out_dir)
+    [aside] = out_dir.glob("latest.pt.damaged.*")
+    assert aside.read_bytes() == damaged
+    assert checkpoint.load(out_dir / "previous.pt")["step"] == 8
+    for name in ("latest.pt", "previous.pt"):
+        flip_a_byte(out_dir / name)
+    before = {path: path.read_bytes() for path in out_dir.iterdir()}
+    assert tiny_run(data_dir, out_dir, RESUME).returncode == NO_CHECKPOINT
+    assert before == {path: path.read_bytes() for path in out_dir.iterdir()}
+
+
+def test_one_command_line_starts_continues_and_finishes(finished, data_dir, tmp_path, monkeypatch):
+    out_dir, auto = tmp_path / "run", "--init_from=auto"
+    for step, saved in ((2, 2), (7, 7), (None, 12), (None, 12)):
+        with monkeypatch.context() as patch:
+            if step:
+                send_when(patch, "log_step", step, signal.SIGTERM)
+            assert tiny_run(data_dir, out_dir, auto).returncode == 0
+        assert checkpoint.load(out_dir / "latest.pt")["step"] == saved
+    assert_same_run(finished[0], out_dir)
+    for path in out_dir.glob("[lp]*.pt"):  # as if it had been killed before its first latest.pt
+        path.unlink()
+    assert tiny_run(data_dir, out_dir, auto).returncode == 0
+    assert_same_run(finished[0], out_dir)
+    result = tiny_run(data_dir, out_dir, auto, "--overwrite=True")
+    assert result.returncode == 2 and "choose one" in result.stderr
+
+
+def test_what_is_not_needed_cannot_stop_training(finished, data_dir, tmp_path):
+    out_dir = tmp_path / "run"
+    for name in ("best.pt", "metrics.jsonl", ".partial/of a killed run"):
+        (out_dir / name).mkdir(parents=True)
+    (out_dir / "lock").touch()
+    (out_dir / "mine.txt").touch()
+    result = tiny_run(data_dir, out_dir, "--init_from=auto")
+    assert result.returncode == 0, result.stderr
+    assert "warning: IsADirectoryError" in result.stderr or "best.pt" in result.stderr
+    assert "a line of the log is lost" in result.stdout and same(
+        weights(out_dir), weights(finished[0])
+    )
+    assert (out_dir / "mine.txt").exists() and not (out_dir / ".partial").exists()
+
+
 def test_a_killed_run_continues_from_its_last_checkpoint(data_dir, tmp_path):
     intervals = ["--max_steps=60", "--checkpoint_interval=7", "--eval_interval=20"]
     options = [*KINDS["qwen3"], "--dropout=0.2", *intervals]
