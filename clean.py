@@ -208,6 +208,7 @@ class Page:
         is_white, continues = data <= SPACE, data & 0xC0 == 0x80  # continues a character in UTF-8
         starts = np.flatnonzero(is_white[:-1] & ~is_white[1:]) + 1
         self.words, self.word_characters = len(starts), np.count_nonzero(~is_white & ~continues)
+        blank(data, SYMBOLS)
         self.words_with_letter = np.count_nonzero(np.maximum.reduceat(IS_LETTER[data], starts))
         self.hashes, self.sizes = hash_words(text)  # of words without punctuation, (W,) each
         self.bytes = max(int(self.sizes.sum()), 1)
