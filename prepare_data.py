@@ -53,7 +53,7 @@ class PrepareConfig:
     merge: str = ""  # folders of datasets to join, separated by commas, without reading text again
     format: str = ""  # text, lines (a document each), jsonl, csv, tsv, parquet; "" = by file name
     text_field: str = "text"  # field or column with the document in jsonl, csv, tsv and parquet
-    separator: str = ""  # line between documents of a text file, \\n\\n = blank; "" = one per file
+    separator: str = ""  # line between documents of a text file, \n\n = blank; "" = one per file
     encoding: str = ""  # of text without a byte-order mark, as in Python: gb18030; "" = UTF-8
     on_error: str = "stop"  # at a file, line or bytes that cannot be read: stop, or skip and count
     tokenizer: str = ""  # gpt2 (default), bytes, bpe:N (trained here), .tiktoken file, HF model
@@ -93,10 +93,17 @@ class PrepareConfig:
         """Raise ValueError where a single value makes no sense."""
         config.check_choices(self, on_error="stop skip", clean="none basic web")
         config.check_choices(self, format="text lines jsonl csv tsv parquet")
-        config.check_choices(self, dedupe="none exact near")
-        config.check_choices(self, split_pattern=" ".join(PATTERNS))
+        config.check_choices(self, dedupe="none exact near", split_pattern=" ".join(PATTERNS))
         config.check_bounds(self, 0, "processes")
-        self.check_text()
+        separator = self.separator.replace("\\n", "\n")
+        if separator.isspace() and separator != "\n\n":
+            hint = r"\n\n is a blank line; with --format=lines each line is a document"
+            raise ValueError(f"separator {self.separator!r} is white space: {hint}")
+        try:
+            "a".encode(self.encoding or "utf-8")
+        except (LookupError, ValueError):
+            hint = "is not known to Python; examples are cp1252, gb18030, shift_jis and utf-16"
+            raise ValueError(f"encoding {self.encoding!r} {hint}") from None
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction {self.val_fraction} must be at least 0 and below 1")
         if not 0 < self.near_threshold <= 1:
@@ -109,18 +116,6 @@ class PrepareConfig:
                 raise ValueError(f"web_off: {name} is not one of {', '.join(rules)}")
         if self.tokenizer:
             bpe_size(self.tokenizer)  # raises for a name without meaning
-
-    def check_text(self):
-        """Raise ValueError where the separator or the encoding makes no sense."""
-        separator = self.separator.replace("\\n", "\n")
-        if separator.isspace() and separator != "\n\n":
-            hint = r"\n\n is a blank line; with --format=lines each line is a document"
-            raise ValueError(f"separator {self.separator!r} is white space: {hint}")
-        try:
-            "a".encode(self.encoding or "utf-8")
-        except (LookupError, ValueError):
-            hint = "is not known to Python; examples are cp1252, gb18030, shift_jis and utf-16"
-            raise ValueError(f"encoding {self.encoding!r} {hint}") from None
 
     @property
     def named(self) -> "Named":
@@ -290,9 +285,9 @@ def make_manifest(settings: PrepareConfig, tokenizer: Tokenizer, splits: dict) -
     }
 
 
-def make_reader(settings: PrepareConfig, sources, **options) -> Reader:
+def make_reader(settings: PrepareConfig, sources, on_error: str = "", **options) -> Reader:
     names = (settings.format, settings.text_field, settings.separator, settings.encoding)
-    return Reader(sources, *names, **{"on_error": settings.on_error} | options)
+    return Reader(sources, *names, on_error or settings.on_error, **options)
 
 
 def open_named(settings: PrepareConfig) -> Reader:
@@ -322,16 +317,14 @@ def download_named(settings: PrepareConfig) -> list[Path]:
 
 # Reading, cleaning, deduplication
 
-DECONTAMINATE_ADVICE = "--decontaminate is read with the settings of --source, and skips no errors"
-
 
 def collect_contamination(settings: PrepareConfig, work: Path) -> Path | None:
     """A file of the n-grams in the texts that --decontaminate names; None where it names none."""
     if not settings.decontaminate:
         return None
     source, ngrams = settings.decontaminate, []
-    options = {"on_error": "stop", "setting": "decontaminate", "advice": DECONTAMINATE_ADVICE}
-    reader = make_reader(settings, source, **options)
+    advice = "it is read with the settings of --source, and skips no errors"
+    reader = make_reader(settings, source, "stop", setting="decontaminate", advice=advice)
     for text, _ in reader:
         ngrams.append(dedupe.text_ngrams(normalize(text) if settings.clean != "none" else text))
     short, words = sum(not len(hashes) for hashes in ngrams), dedupe.CONTAMINATION_WORDS

@@ -22,7 +22,7 @@ BLOCK_BYTES = 1 << 20  # read at once
 DOCUMENT_CHARACTERS = 2_000_000  # a longer text becomes several documents: bounded memory
 LINE_CHARACTERS = 64_000_000  # a longer line of JSON or CSV is damage
 STANDARD_INPUT = Path("-")
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".ipynb": "json"}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "JSON", ".ipynb": "JSON"}
 FORMATS |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 DAMAGED = (EOFError, ValueError, lzma.LZMAError, zlib.error)  # ValueError: pyarrow's
 OPENERS = {
@@ -80,7 +80,7 @@ class Reader:
     sources: str | list[Path]  # files, folders, patterns ("a,b*"), "-" for standard input; or paths
     format: str = ""  # text, lines, jsonl, csv, tsv or parquet; "" = by each file's name
     text_field: str = "text"  # the field or column that holds the document
-    separator: str = ""  # the line between the documents of a text file; "\\n\\n" = a blank line
+    separator: str = ""  # the line between the documents of a text file; "\n\n" = a blank line
     encoding: str = ""  # of files without a byte-order mark; "" = UTF-8
     on_error: str = "stop"  # or "skip": count what cannot be read and continue
     setting: str = "source"  # the setting that messages name
@@ -102,31 +102,23 @@ class Reader:
                 self.skip_error(error, path)
             self.done = before + size
 
-    def skip(self, reason: str, message: str, fix: str = "", code: int = BAD_INPUT):
-        """Count what cannot be read. Raises Failure with a fix unless on_error is skip."""
-        if self.on_error == "stop":
+    def skip(self, reason: str, message: str, code: int = BAD_INPUT, fix: str = "", is_named=True):
+        """Count what cannot be read. Raises Failure, unless on_error is skip or nobody named it."""
+        if self.on_error == "stop" and is_named:
             fixes = [fix, "--on_error=skip would continue without it"]
             advice = self.advice or ", or ".join(filter(None, fixes))
             raise Failure(f"{message}; {advice}", code)
         self.tally.drop(reason, message)
 
-    def skip_file(self, path: Path, reason: str, message: str, fix: str):
-        """Count a file that is not text. Raises Failure where the user named it, as `skip` does."""
-        if path in self.named:
-            self.skip(reason, f"{path} {message}", fix)
-        else:
-            self.tally.drop(reason, f"{path} {message}")
-
     def skip_error(self, error: Exception, path: Path | None = None):
         if isinstance(error, UnicodeError):
             fix = "--encoding=NAME (such as cp1252 or gb18030) reads other text than UTF-8"
-            self.skip("invalid bytes", f"{path}: {error}", fix)
+            self.skip("invalid bytes", f"{path}: {error}", fix=fix)
         elif getattr(error, "errno", None):  # of the system; the OSError of a decompressor has none
-            message = f"{path or error.filename}: {error.strerror}"
-            self.skip("unreadable", message, code=INPUT_OUTPUT)
+            self.skip("unreadable", f"{path or error.filename}: {error.strerror}", INPUT_OUTPUT)
         elif "too much memory" in str(error):
             fix = f"zstd -dc --long=31 {path} | … --source=- reads it"
-            self.skip("unreadable", f"{path} was compressed with a longer --long than 27", fix)
+            self.skip("unreadable", f"{path} was compressed with a longer --long than 27", fix=fix)
         else:
             self.skip("damaged file", f"{path} is cut or damaged: {' '.join(str(error).split())}")
 
@@ -173,19 +165,23 @@ class Reader:
             block = stream.read(BLOCK_BYTES)
             marked = [name for name in ENCODINGS if block.startswith("\ufeff".encode(name))]
             encoding = marked[0] if marked else self.encoding or "utf-8"
-            if is_binary(block, encoding):
-                fix = "convert it, or name the --encoding (such as utf-16)"
-                self.skip_file(path, "binary", "is binary, not text", fix)
-                return
             blocks = self.decode(block, encoding, stream, file)
-            if not self.format and file_format in ("text", "json"):
+            has_nul = b"\0" in block[:4096] and b"\0" not in "a".encode(encoding)
+            if has_nul or block.startswith(BINARY):
+                file_format = "binary"
+            elif not self.format and file_format in ("text", "JSON"):
                 file_format, blocks = self.find_json(file_format, blocks)
-            yield from getattr(self, f"read_{file_format}")(blocks, path)
+            if file_format in ("binary", "JSON"):
+                message = f"{path} is {file_format}, not text or .json lines of {self.text_field!r}"
+                fix = "convert it, or say what it is, as in --format=jsonl or --encoding=utf-16"
+                self.skip(file_format, message, fix=fix, is_named=path in self.named)
+            else:
+                yield from getattr(self, f"read_{file_format}")(blocks, path)
 
     def find_json(self, file_format: str, blocks: Iterator[str]) -> tuple[str, Iterator[str]]:
-        """The format, by its first line, of a file that its name calls text or json; and its text.
+        """The format, by its first line, of a file that its name calls text or JSON; and its text.
 
-        jsonl: a .json file whose first line is an object with the field. json: what else is JSON.
+        jsonl: a .json file whose first line is an object with the field. JSON: what else is JSON.
         """
         first = next(blocks)
         if not first.startswith("{"):
@@ -194,8 +190,8 @@ class Reader:
         first = next(lines)
         try:
             if row := json.loads(first):
-                is_rows = file_format == "json" and self.text_field in row
-                file_format = "jsonl" if is_rows else "json"
+                is_rows = file_format == "JSON" and self.text_field in row
+                file_format = "jsonl" if is_rows else "JSON"
         except (ValueError, RecursionError):
             pass  # text, or an object of several lines
         return file_format, chain([first], lines)
@@ -230,13 +226,6 @@ class Reader:
         for number, line in enumerate(lines_of(blocks), 1):
             yield from pieces_of([line.rstrip("\r\n")], f"{path}:{number}")
 
-    def read_json(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
-        """No documents: JSON that is not known to be a document per line."""
-        names = f"but not .jsonl, nor .json with field {self.text_field!r} in its first line"
-        fix = "--format=jsonl or --format=text says how to read it"
-        self.skip_file(path, "JSON", f"is JSON, {names}", fix)
-        yield from ()
-
     def read_jsonl(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(lines_of(blocks), 1):
             try:
@@ -268,7 +257,7 @@ class Reader:
         """One document per row, 256 rows in memory."""
         before, number = self.done, 0
         with load_pyarrow("parquet").parquet.ParquetFile(path) as file:
-            others = dict.fromkeys(set(file.schema_arrow.names) - {self.text_field})
+            others = {name: None for name in file.schema_arrow.names if name != self.text_field}
             for batch in file.iter_batches(batch_size=256, columns=[self.text_field]):
                 for row in batch.to_pylist():
                     number += 1
@@ -283,12 +272,14 @@ class Reader:
                 yield from pieces_of([text or ""], f"{path}:{number}")
                 return
             case {self.text_field: value}:
-                found = f"field {self.text_field!r} holds {type(value).__name__} {value!r:.60}"
+                found = f"field {self.text_field!r} holds {repr(value):.60}, not text"
             case dict():
                 found = f"no field {self.text_field!r}; its fields: {str(list(row)):.300}"
             case _:
-                found = f"{type(row).__name__} {row!r:.60} is not an object"
-        self.skip("missing field", f"{path}:{number}: {found}", "--text_field=NAME names another")
+                found = f"{repr(row):.60} is not an object"
+        self.skip(
+            "missing field", f"{path}:{number}: {found}", fix="--text_field=NAME names another"
+        )
 
 
 def match_pattern(pattern: Path) -> list[Path]:
@@ -311,12 +302,6 @@ def lines_of(blocks: Iterable[str]) -> Iterator[str]:
             raise EOFError(f"a line of more than {LINE_CHARACTERS:,} characters")
     if rest:
         yield rest
-
-
-def is_binary(block: bytes, encoding: str) -> bool:
-    """Whether a file that starts with `block` is not text: by its first bytes, or by a NUL."""
-    is_wide = b"\0" in "a".encode(encoding)
-    return block.startswith(BINARY) or (b"\0" in block[:4096] and not is_wide)
 
 
 def pieces_of(blocks: Iterable[str], where: str) -> Iterator[tuple[str, str]]:

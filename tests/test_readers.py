@@ -296,9 +296,9 @@ BAD = [  # a file, the message, what is counted
     ("a.jsonl", b"[" * 100_000 + b"\n{}}\n", "a.jsonl:1: not JSON", {"broken line": 2}),
     ("a.jsonl", b'{"text": "a\\ud83db"}', "surrogates not allowed", {"broken line": 1}),
     ("a.jsonl", b'{"b": "x"}\n', "a.jsonl:1: no field 'text'; its fields: ['b']", NO_FIELD),
-    ("a.jsonl", b"[1]\n", "a.jsonl:1: list [1] is not an object", NO_FIELD),
-    ("a.jsonl", b"null\n", "a.jsonl:1: NoneType None is not an object", NO_FIELD),
-    ("a.jsonl", b'{"text": ["x"]}', "a.jsonl:1: field 'text' holds list ['x']", NO_FIELD),
+    ("a.jsonl", b"[1]\n", "a.jsonl:1: [1] is not an object", NO_FIELD),
+    ("a.jsonl", b"null\n", "a.jsonl:1: None is not an object", NO_FIELD),
+    ("a.jsonl", b'{"text": ["x"]}', "a.jsonl:1: field 'text' holds ['x'], not text", NO_FIELD),
     ("a.csv", b"b,n\nx,1\n", "a.csv:2: no field 'text'; its fields: ['b', 'n']", NO_FIELD),
     ("a.csv", b'text,n\n"a"b,1\nx,2\n', "a.csv:2: not CSV", {"broken line": 1}),
     ("a.csv", b'text,n\nx,1\n"a,2\ny,3\n', "not CSV: unexpected end", {"broken line": 1}),
@@ -325,7 +325,7 @@ def test_bad_input_is_refused_or_counted_with_an_example(tmp_path, name, content
 def test_parquet_without_text_is_refused(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["one"])
     fails("a.parquet:1: no field 'body'; its fields: .'text'", path, text_field="body")
-    fails("field 'text' holds bytes b'one'", write_parquet(tmp_path / "b.parquet", [b"one"]))
+    fails("field 'text' holds b'one', not text", write_parquet(tmp_path / "b.parquet", [b"one"]))
     offsets = pyarrow.py_buffer(np.array([0, 2, 4], dtype=np.int32))
     texts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"ok\xff\xff"))
     fails("b.parquet: 'utf-8' codec can't decode", write_parquet(tmp_path / "b.parquet", texts))
