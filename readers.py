@@ -172,8 +172,9 @@ class Reader:
             elif not self.format and file_format in ("text", "JSON"):
                 file_format, blocks = self.find_json(file_format, blocks)
             if file_format in ("binary", "JSON"):
-                message = f"{path} is {file_format}, not text or .json lines of {self.text_field!r}"
+                names = f".json with field {self.text_field!r} in each line"
                 fix = "convert it, or say what it is, as in --format=jsonl or --encoding=utf-16"
+                message = f"{path} is {file_format}: neither text nor {names}"
                 self.skip(file_format, message, fix=fix, is_named=path in self.named)
             else:
                 yield from getattr(self, f"read_{file_format}")(blocks, path)
@@ -181,7 +182,7 @@ class Reader:
     def find_json(self, file_format: str, blocks: Iterator[str]) -> tuple[str, Iterator[str]]:
         """The format, by its first line, of a file that its name calls text or JSON; and its text.
 
-        jsonl: a .json file whose first line is an object with the field. JSON: what else is JSON.
+        jsonl: a .json file whose first line is an object with text. JSON: what else is JSON.
         """
         first = next(blocks)
         if not first.startswith("{"):
@@ -190,8 +191,8 @@ class Reader:
         first = next(lines)
         try:
             if row := json.loads(first):
-                is_rows = file_format == "JSON" and self.text_field in row
-                file_format = "jsonl" if is_rows else "JSON"
+                is_rows = isinstance(row.get(self.text_field, 0), str | None)
+                file_format = "jsonl" if is_rows and file_format == "JSON" else "JSON"
         except (ValueError, RecursionError):
             pass  # text, or an object of several lines
         return file_format, chain([first], lines)

@@ -174,6 +174,7 @@ STRUCTURED = [  # files that are not what their names say, and what they count a
     ("a.json", '{\n  "text": "one"\n}\n', "JSON"),
     ("a.JSON.gz", gzip.compress(b'[{"text": "one"}]\n'), "JSON"),
     ("one.json", '{"version": 1}\n', "JSON"),
+    ("pandas.json", '{"text": {"0": "one"}}', "JSON"),
     ("notebook.ipynb", '{"cells": []}\n', "JSON"),
     ("c4.txt", json_lines(["one" * 999, "two"]), "JSON"),
     ("c4", b"\xef\xbb\xbf" + json_lines(["one"]).encode(), "JSON"),
