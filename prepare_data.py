@@ -328,11 +328,11 @@ def collect_contamination(settings: PrepareConfig, work: Path) -> Path | None:
     for text, _ in reader:
         ngrams.append(dedupe.text_ngrams(normalize(text) if settings.clean != "none" else text))
     short, words = sum(not len(hashes) for hashes in ngrams), dedupe.CONTAMINATION_WORDS
+    skipped = f"; skipped: {reader.tally}" if reader.tally.documents else ""
     if short == len(ngrams):
-        raise Failure(f"--decontaminate={source}: no text of {words} words or more")
+        raise Failure(f"--decontaminate={source}: no text of {words} words or more{skipped}")
     note = f"; {short:,} have fewer than {words} words and cannot be found" if short else ""
-    note += f"; skipped: {reader.tally}" if reader.tally.documents else ""
-    print(f"looking for {len(ngrams):,} texts of {source}{note}", flush=True)
+    print(f"looking for {len(ngrams):,} texts of {source}{note}{skipped}", flush=True)
     return dedupe.save_hashes(np.concatenate(ngrams), work)
 
 

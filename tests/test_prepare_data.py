@@ -228,7 +228,9 @@ def test_documents_that_share_text_with_a_benchmark_are_dropped(tmp_path, capsys
     write_texts(source, ["Too short.", benchmark])
     shared = "“first? Café” owner ANDRÉ\nsaid it can't be, for I saw him"  # 13 words
     texts = random_texts(200)
-    fails("no text of 13 words or more", tmp_path, texts, decontaminate=str(short))
+    write(tmp_path / "short" / "a.json", "[]")
+    fails("no text of 13 words or more$", tmp_path, texts, decontaminate=str(short))
+    fails("13 words or more; skipped: 1 JSON", tmp_path, texts, decontaminate=f"{tmp_path}/short")
     bad = str(write(tmp_path / "bad.jsonl", "{"))
     fails("skips no errors$", tmp_path, texts, decontaminate=bad, on_error="skip")
     texts = [f"{t} {shared if n < 100 else shared[:-3]} {t}" for n, t in enumerate(texts)]
