@@ -65,8 +65,11 @@ SPACE = ord(" ")
 WORD_BYTES = bytes(b if b >= 128 or chr(b).isalnum() else SPACE for b in range(256))
 SYMBOLS = (  # no letters: the first and last as three bytes of UTF-8, and the bytes per character
     (0xC2A000, 0xC2BFFF, 2),  # Latin-1
+    (0xC39700, 0xC397FF, 2),  # ×
+    (0xC3B700, 0xC3B7FF, 2),  # ÷
     (0xE28000, 0xE2AFFF, 3),  # typography, arrows, mathematics: U+2000 to U+2BFF
     (0xE38080, 0xE380BF, 3),  # Chinese and Japanese punctuation
+    (0xEFB880, 0xEFB88F, 3),  # variation selectors, as in ❤️
     (0xEFBC80, 0xEFBC8F, 3),  # full-width punctuation
     (0xEFBC9A, 0xEFBCA0, 3),
     (0xF09F00, 0xF09FFF, 4),  # emoji
@@ -208,6 +211,7 @@ class Page:
         is_white, continues = data <= SPACE, data & 0xC0 == 0x80  # continues a character in UTF-8
         starts = np.flatnonzero(is_white[:-1] & ~is_white[1:]) + 1
         self.words, self.word_characters = len(starts), np.count_nonzero(~is_white & ~continues)
+        blank(data, SYMBOLS)
         self.words_with_letter = np.count_nonzero(np.maximum.reduceat(IS_LETTER[data], starts))
         self.hashes, self.sizes = hash_words(text)  # of words without punctuation, (W,) each
         self.bytes = max(int(self.sizes.sum()), 1)

@@ -16,7 +16,7 @@ from readers import Reader, Tally
 from workers import Workers
 
 PART_CHARACTERS = 1_000_000  # of text that a worker takes at once
-MIN_SHARE, MAX_SHARE = 1 / 8, 4  # of val_fraction; beyond, documents are cut
+MIN_ODDS, MAX_ODDS = 1 / 8, 4  # of validation bytes to those wished; beyond, documents are cut
 DOCUMENT = np.dtype([("bytes", np.int64), ("is_val", np.bool_), ("digest", "S16")])
 
 
@@ -70,12 +70,13 @@ class Corpus:
         """The spans of the training and of the validation documents, and whether they are cut.
 
         With very few documents their hashes can leave a split empty, or far from its share. Then
-        the end of each document is held out instead.
+        the end of each document is held out instead. Odds are the ratio of validation to training.
         """
         spans, is_val = self.spans()[kept], self.documents["is_val"][kept]
         splits = {"train": spans[~is_val], "val": spans[is_val]}
-        share = count_bytes(splits["val"]) / count_bytes(spans)
-        is_cut = not MIN_SHARE < share / val_fraction < MAX_SHARE or share == 1
+        train, val = map(count_bytes, splits.values())
+        expected = train * val_fraction / (1 - val_fraction)
+        is_cut = not MIN_ODDS * expected < val < MAX_ODDS * expected
         if is_cut:
             consequence = f"the last {val_fraction:.1%} of each is for validation"
             print(f"documents: {len(spans)}, too few to hold whole ones out: {consequence}")

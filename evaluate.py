@@ -125,12 +125,15 @@ def read_documents(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, np.nd
     if (folder / "manifest.json").exists():
         yield from dataset_documents(folder, split or "val", tokenizer)
         return
-    reader = Reader(text, setting="text")
+    advice = "python prepare_data.py has settings for such files: score what it makes, data/NAME"
+    reader = Reader(text, setting="text", advice=advice)
     with Progress("bytes read", reader.total) as progress:
         for document, where in reader:
             tokens = tokenizer.encode_document(document).astype(np.int64)
             yield where, tokens, len(document.encode())
             progress.update(reader.done)
+    if reader.tally.documents:
+        print(f"skipped: {reader.tally}", file=sys.stderr)
 
 
 def dataset_documents(folder: Path, split: str, tokenizer: Tokenizer):

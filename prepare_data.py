@@ -51,9 +51,10 @@ class PrepareConfig:
     name: str = ""  # a named dataset, or a name of your own for --source or --merge
     source: str = ""  # files, folders, globs, separated by commas; - reads standard input
     merge: str = ""  # folders of datasets to join, separated by commas, without reading text again
-    format: str = ""  # text, jsonl, csv or parquet; "" = by each file's name, else text
-    text_field: str = "text"  # field or column with the document in jsonl, csv and parquet
-    separator: str = ""  # line that separates documents in a text file; "" = one document per file
+    format: str = ""  # text, lines (a document each), jsonl, csv, tsv, parquet; "" = by file name
+    text_field: str = "text"  # field or column with the document in jsonl, csv, tsv and parquet
+    separator: str = ""  # line between documents of a text file, \n\n = blank; "" = one per file
+    encoding: str = ""  # of text without a byte-order mark, as in Python: gb18030; "" = UTF-8
     on_error: str = "stop"  # at a file, line or bytes that cannot be read: stop, or skip and count
     tokenizer: str = ""  # gpt2 (default), bytes, bpe:N (trained here), .tiktoken file, HF model
     split_pattern: str = ""  # how bpe:N or a .tiktoken file splits text: gpt2, gpt4 or qwen
@@ -91,9 +92,18 @@ class PrepareConfig:
     def check_values(self):
         """Raise ValueError where a single value makes no sense."""
         config.check_choices(self, on_error="stop skip", clean="none basic web")
-        config.check_choices(self, dedupe="none exact near", format="text jsonl csv parquet")
-        config.check_choices(self, split_pattern=" ".join(PATTERNS))
+        config.check_choices(self, format="text lines jsonl csv tsv parquet")
+        config.check_choices(self, dedupe="none exact near", split_pattern=" ".join(PATTERNS))
         config.check_bounds(self, 0, "processes")
+        separator = self.separator.replace("\\n", "\n")
+        if separator.isspace() and separator != "\n\n":
+            hint = r"\n\n is a blank line; with --format=lines each line is a document"
+            raise ValueError(f"separator {self.separator!r} is white space: {hint}")
+        try:
+            "a".encode(self.encoding or "utf-8")
+        except (LookupError, ValueError):
+            hint = "is not known to Python; examples are cp1252, gb18030, shift_jis and utf-16"
+            raise ValueError(f"encoding {self.encoding!r} {hint}") from None
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction {self.val_fraction} must be at least 0 and below 1")
         if not 0 < self.near_threshold <= 1:
@@ -256,6 +266,7 @@ def build(settings: PrepareConfig, work: Path) -> dict:
         "documents": documents | {"dropped": dict(tally.documents)},
         "bytes": {"in": tally.bytes_read, "kept": kept_bytes, "dropped": dict(tally.bytes)},
         "lines_dropped": dict(tally.lines),
+        "separator_found": reader.separator_found,
         "documents_cut_in_two": is_cut,
         "validation_overlap": overlap,
     }
@@ -274,9 +285,9 @@ def make_manifest(settings: PrepareConfig, tokenizer: Tokenizer, splits: dict) -
     }
 
 
-def make_reader(settings: PrepareConfig, sources, **options) -> Reader:
-    names = (settings.format, settings.text_field, settings.separator)
-    return Reader(sources, *names, **{"on_error": settings.on_error} | options)
+def make_reader(settings: PrepareConfig, sources, on_error: str = "", **options) -> Reader:
+    names = (settings.format, settings.text_field, settings.separator, settings.encoding)
+    return Reader(sources, *names, on_error or settings.on_error, **options)
 
 
 def open_named(settings: PrepareConfig) -> Reader:
@@ -312,13 +323,16 @@ def collect_contamination(settings: PrepareConfig, work: Path) -> Path | None:
     if not settings.decontaminate:
         return None
     source, ngrams = settings.decontaminate, []
-    for text, _ in make_reader(settings, source, on_error="stop", setting="decontaminate"):
+    advice = "it is read with the settings of --source, and skips no errors"
+    reader = make_reader(settings, source, "stop", setting="decontaminate", advice=advice)
+    for text, _ in reader:
         ngrams.append(dedupe.text_ngrams(normalize(text) if settings.clean != "none" else text))
     short, words = sum(not len(hashes) for hashes in ngrams), dedupe.CONTAMINATION_WORDS
+    skipped = f"; skipped: {reader.tally}" if reader.tally.documents else ""
     if short == len(ngrams):
-        raise Failure(f"--decontaminate={source}: no text of {words} words or more")
+        raise Failure(f"--decontaminate={source}: no text of {words} words or more{skipped}")
     note = f"; {short:,} have fewer than {words} words and cannot be found" if short else ""
-    print(f"looking for {len(ngrams):,} texts of {source}{note}", flush=True)
+    print(f"looking for {len(ngrams):,} texts of {source}{note}{skipped}", flush=True)
     return dedupe.save_hashes(np.concatenate(ngrams), work)
 
 
@@ -326,8 +340,11 @@ def collect(settings, reader: Reader, contamination: Path | None, workers, work:
     """Read and clean all documents. Raises Failure."""
     corpus = write_corpus(reader, partial(clean_part, settings, contamination), workers, work)
     if not len(corpus.documents):
-        reasons = ", ".join(f"{n} {reason}" for reason, n in corpus.tally.documents.items())
-        raise Failure(f"{settings.source or settings.name}: no text is left ({reasons})")
+        examples = [f"; {shown[0][0]}" for shown in corpus.tally.examples.values()]
+        reasons = f"({corpus.tally}){''.join(examples[:1])}"
+        raise Failure(f"{settings.source or settings.name}: no text is left {reasons}")
+    if settings.separator and not reader.separator_found:
+        print(f"--separator={settings.separator}: no text file has such a line", flush=True)
     return corpus
 
 
@@ -393,15 +410,18 @@ def write_shards(settings, corpus: Corpus, splits: dict, tokenizer: Tokenizer, f
     """Tokenise the documents into shards in `folder`; return the manifest's entry of each split."""
     path, entries = folder / "tokenizer.tiktoken", {}
     path.write_text(tokenizer.to_text(), "ascii", newline="")
+    token_bytes = np.array([len(tokenizer.token_bytes(n)) for n in range(tokenizer.vocab_size)])
     tokenize = partial(tokenize_texts, path, tuple(tokenizer.record().items()))
     for split, spans in splits.items():
         prefix, sizes = f"{settings.name}_{split}", (settings.shard_tokens, tokenizer.vocab_size)
+        text_bytes = 0  # of what the tokens stand for: a tokenizer can normalise the text
         with ShardWriter(folder, prefix, *sizes) as writer:
             for tokens in corpus.map(tokenize, spans, f"bytes of {split} tokenised"):
                 writer.add(tokens)
+                text_bytes += int(token_bytes[tokens].sum())
             shards = writer.finish()
         tokens = sum(shard["tokens"] for shard in shards)
-        counts = {"documents": len(spans), "bytes": count_bytes(spans), "tokens": tokens}
+        counts = {"documents": len(spans), "bytes": text_bytes, "tokens": tokens}
         entries[split] = counts | {"shards": shards}
     return entries
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,8 @@ BLOCK_BYTES = 1 << 20  # read at once
 DOCUMENT_CHARACTERS = 2_000_000  # a longer text becomes several documents: bounded memory
 LINE_CHARACTERS = 64_000_000  # a longer line of JSON or CSV is damage
 STANDARD_INPUT = Path("-")
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "JSON", ".ipynb": "JSON"}
+FORMATS |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 DAMAGED = (EOFError, ValueError, lzma.LZMAError, zlib.error)  # ValueError: pyarrow's
 OPENERS = {
     ".gz": gzip.open,
@@ -29,8 +31,10 @@ OPENERS = {
     ".bz2": bz2.open,
     ".zst": lambda file: load_pyarrow("a .zst file").CompressedInputStream(file, "zstd"),
 }
+# PDF, zip (and Word), and compressed files whose names do not say so
+BINARY = (b"%PDF-", b"PK\3\4", b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f\xfd")
 # by their byte-order marks, UTF-32 first: its little-endian mark starts with that of UTF-16
-ENCODINGS = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+ENCODINGS = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be", "utf-8")
 
 
 @dataclass
@@ -61,23 +65,29 @@ class Tally:
         for reason, examples in other.examples.items():
             self.examples[reason] = (self.examples.get(reason, []) + examples)[:3]
 
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.documents.items())
+
 
 @dataclass
 class Reader:
     """Yields the documents of `sources` in order as (text, where); where = "file" or "file:line".
 
-    `tally` counts what was skipped; `done` of `total` bytes have been read. Raises Failure.
+    `tally` counts what was skipped; `done` of `total` bytes have been read; `separator_found`
+    says whether the separator occurred. Raises Failure.
     """
 
     sources: str | list[Path]  # files, folders, patterns ("a,b*"), "-" for standard input; or paths
-    format: str = ""  # text, jsonl, csv or parquet; "" = by the name of each file
+    format: str = ""  # text, lines, jsonl, csv, tsv or parquet; "" = by each file's name
     text_field: str = "text"  # the field or column that holds the document
-    separator: str = ""  # the line between the documents of a text file
+    separator: str = ""  # the line between the documents of a text file; "\n\n" = a blank line
+    encoding: str = ""  # of files without a byte-order mark; "" = UTF-8
     on_error: str = "stop"  # or "skip": count what cannot be read and continue
     setting: str = "source"  # the setting that messages name
+    advice: str = ""  # what messages advise where the script lacks the settings above
 
     def __post_init__(self):
-        self.tally, self.done = Tally(), 0
+        self.tally, self.done, self.separator_found = Tally(), 0, False
         self.named = set()  # files that the user named, not found in a folder
         paths = self.find_files() if isinstance(self.sources, str) else self.sources
         self.sizes = {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in paths}
@@ -92,17 +102,23 @@ class Reader:
                 self.skip_error(error, path)
             self.done = before + size
 
-    def skip(self, reason: str, message: str, code: int = BAD_INPUT):
-        """Count what cannot be read. Raises Failure unless on_error is skip."""
-        if self.on_error == "stop":
-            raise Failure(f"{message}; --on_error=skip would continue without it", code)
+    def skip(self, reason: str, message: str, code: int = BAD_INPUT, fix: str = "", is_named=True):
+        """Count what cannot be read. Raises Failure, unless on_error is skip or nobody named it."""
+        if self.on_error == "stop" and is_named:
+            fixes = [fix, "--on_error=skip would continue without it"]
+            advice = self.advice or ", or ".join(filter(None, fixes))
+            raise Failure(f"{message}; {advice}", code)
         self.tally.drop(reason, message)
 
     def skip_error(self, error: Exception, path: Path | None = None):
         if isinstance(error, UnicodeError):
-            self.skip("invalid bytes", f"{path}: {error}")
+            fix = "--encoding=NAME (such as cp1252 or gb18030) reads other text than UTF-8"
+            self.skip("invalid bytes", f"{path}: {error}", fix=fix)
         elif getattr(error, "errno", None):  # of the system; the OSError of a decompressor has none
             self.skip("unreadable", f"{path or error.filename}: {error.strerror}", INPUT_OUTPUT)
+        elif "too much memory" in str(error):
+            fix = f"zstd -dc --long=31 {path} | … --source=- reads it"
+            self.skip("unreadable", f"{path} was compressed with a longer --long than 27", fix=fix)
         else:
             self.skip("damaged file", f"{path} is cut or damaged: {' '.join(str(error).split())}")
 
@@ -111,6 +127,8 @@ class Reader:
         is_one = os.path.exists(os.path.expanduser(self.sources))  # a name may contain a comma
         for part in [self.sources] if is_one else filter(None, self.sources.split(",")):
             path = Path(os.path.expanduser(part))
+            if path == STANDARD_INPUT and sys.stdin is None:  # 0 can be another file then
+                raise Failure(f"--{self.setting}=-: standard input is closed")
             is_path = path == STANDARD_INPUT or os.path.exists(path)
             matches = [path] if is_path else match_pattern(path)
             self.named.update(matches)
@@ -134,29 +152,50 @@ class Reader:
                 elif file.is_file():
                     yield file
 
-    def format_of(self, path: Path) -> str:
-        """The format of a file: the setting, or by its suffix without that of a compression."""
-        suffix = Path(path.stem).suffix if path.suffix.lower() in OPENERS else path.suffix
-        if suffix == ".json" and path in self.named and not self.format:
-            raise Failure(f"{path} may hold one text or many: add --format=text or --format=jsonl")
-        return self.format or FORMATS.get(suffix.lower(), "text")
-
     def read_file(self, path: Path) -> Iterator[tuple[str, str]]:
         """The documents of one file. Raises OSError, DAMAGED, and Failure."""
-        file_format, opener = self.format_of(path), OPENERS.get(path.suffix.lower(), nullcontext)
+        suffix, opener = path.suffix.lower(), OPENERS.get(path.suffix.lower(), nullcontext)
+        suffix = Path(path.stem).suffix.lower() if suffix in OPENERS else suffix
+        file_format = self.format or FORMATS.get(suffix, "text")
         if file_format == "parquet":
             yield from self.read_parquet(path)
             return
         source = 0 if path == STANDARD_INPUT else path  # a number is a file descriptor
         with open(source, "rb") as file, opener(file) as stream:
             block = stream.read(BLOCK_BYTES)
-            encoding = next((e for e in ENCODINGS if block.startswith("\ufeff".encode(e))), "utf-8")
-            if encoding == "utf-8" and b"\0" in block[:4096]:
-                drop = self.skip if path in self.named else self.tally.drop  # pictures in a folder
-                drop("binary", f"{path} is binary, not text: NUL bytes at its beginning")
-                return
-            read = {"jsonl": self.read_jsonl, "csv": self.read_csv, "text": self.read_text}
-            yield from read[file_format](self.decode(block, encoding, stream, file), path)
+            marked = [name for name in ENCODINGS if block.startswith("\ufeff".encode(name))]
+            encoding = marked[0] if marked else self.encoding or "utf-8"
+            blocks = self.decode(block, encoding, stream, file)
+            has_nul = b"\0" in block[:4096] and b"\0" not in "a".encode(encoding)
+            if has_nul or block.startswith(BINARY):
+                file_format = "binary"
+            elif not self.format and file_format in ("text", "JSON"):
+                file_format, blocks = self.find_json(file_format, blocks)
+            if file_format in ("binary", "JSON"):
+                names = f".json with field {self.text_field!r} in each line"
+                fix = "convert it, or say what it is, as in --format=jsonl or --encoding=utf-16"
+                message = f"{path} is {file_format}: neither text nor {names}"
+                self.skip(file_format, message, fix=fix, is_named=path in self.named)
+            else:
+                yield from getattr(self, f"read_{file_format}")(blocks, path)
+
+    def find_json(self, file_format: str, blocks: Iterator[str]) -> tuple[str, Iterator[str]]:
+        """The format, by its first line, of a file that its name calls text or JSON; and its text.
+
+        jsonl: a .json file whose first line is an object with text. JSON: what else is JSON.
+        """
+        first = next(blocks)
+        if not first.startswith("{"):
+            return file_format, chain([first], blocks)
+        lines = lines_of(chain([first], blocks))
+        first = next(lines)
+        try:
+            if row := json.loads(first):
+                is_rows = isinstance(row.get(self.text_field, 0), str | None)
+                file_format = "jsonl" if is_rows and file_format == "JSON" else "JSON"
+        except (ValueError, RecursionError):
+            pass  # text, or an object of several lines
+        return file_format, chain([first], lines)
 
     def decode(self, first: bytes, encoding: str, stream, file) -> Iterator[str]:
         """The text of `stream`, whose `first` block was read; `file` is what it decompresses."""
@@ -174,11 +213,19 @@ class Reader:
             self.done = before + (file.tell() if file.seekable() else 0)
 
     def read_text(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
-        separator = self.separator.strip()
-        groups = groupby(lines_of(blocks), lambda line: line.strip() == separator)
-        texts = (lines for is_separator, lines in groups if not is_separator)
-        for text in texts if separator else [blocks]:
-            yield from pieces_of(text, str(path))
+        if not self.separator:
+            yield from pieces_of(blocks, str(path))
+            return
+        separator = self.separator.replace("\\n", "\n").strip()
+        for is_separator, lines in groupby(lines_of(blocks), lambda x: x.strip() == separator):
+            if is_separator:
+                self.separator_found = True
+            else:
+                yield from pieces_of(lines, str(path))
+
+    def read_lines(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(lines_of(blocks), 1):
+            yield from pieces_of([line.rstrip("\r\n")], f"{path}:{number}")
 
     def read_jsonl(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(lines_of(blocks), 1):
@@ -188,37 +235,52 @@ class Reader:
             except (ValueError, RecursionError) as error:
                 self.skip("broken line", f"{path}:{number}: not JSON: {error}")
 
-    def read_csv(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
+    def read_csv(self, blocks, path: Path, delimiter: str = ",") -> Iterator[tuple[str, str]]:
         csv.field_size_limit(LINE_CHARACTERS)
-        rows = csv.DictReader(lines_of(blocks), strict=True)
+        rows, header = csv.reader(lines_of(blocks), delimiter=delimiter, strict=True), []
         while True:
             try:
-                yield from self.take_text(next(rows), path, rows.line_num)
+                row = next(rows)
+                header = header or row
+                if row and len(row) != len(header):
+                    raise csv.Error(f"{len(row)} fields, but {len(header)} in the header")
+                if row and row is not header:
+                    yield from self.take_text(dict(zip(header, row)), path, rows.line_num)
             except csv.Error as error:
-                self.skip("broken line", f"{path}:{rows.reader.line_num}: not CSV: {error}")
+                self.skip("broken line", f"{path}:{rows.line_num}: not CSV: {error}")
             except StopIteration:
                 return
+
+    def read_tsv(self, blocks: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
+        return self.read_csv(blocks, path, "\t")
 
     def read_parquet(self, path: Path) -> Iterator[tuple[str, str]]:
         """One document per row, 256 rows in memory."""
         before, number = self.done, 0
         with load_pyarrow("parquet").parquet.ParquetFile(path) as file:
-            empty_row = dict.fromkeys(file.schema_arrow.names)
+            others = {name: None for name in file.schema_arrow.names if name != self.text_field}
             for batch in file.iter_batches(batch_size=256, columns=[self.text_field]):
                 for row in batch.to_pylist():
                     number += 1
-                    yield from self.take_text(empty_row | row, path, number)
+                    yield from self.take_text(others | row, path, number)
                 self.done = before + self.sizes[path] * number // file.metadata.num_rows
 
-    def take_text(self, record, path: Path, number: int) -> Iterator[tuple[str, str]]:
-        """The documents of one row. Half a surrogate pair, which JSON can hold, becomes "?"."""
-        record, where = record if isinstance(record, dict) else {}, f"{path}:{number}"
-        text = record.get(self.text_field)
-        if isinstance(text, str):
-            yield from pieces_of([text.encode(errors="replace").decode()], where)
-        else:
-            message = f"{where}: no text in field {self.text_field!r} (--text_field)"
-            self.skip("missing field", f"{message}; its fields: {list(record)}")
+    def take_text(self, row, path: Path, number: int) -> Iterator[tuple[str, str]]:
+        """The documents of a row; null is an empty one. Raises ValueError for half a surrogate."""
+        match row:
+            case {self.text_field: str() | None as text}:
+                (text or "").encode()  # half a surrogate pair, which JSON can hold, is not text
+                yield from pieces_of([text or ""], f"{path}:{number}")
+                return
+            case {self.text_field: value}:
+                found = f"field {self.text_field!r} holds {repr(value):.60}, not text"
+            case dict():
+                found = f"no field {self.text_field!r}; its fields: {str(list(row)):.300}"
+            case _:
+                found = f"{repr(row):.60} is not an object"
+        self.skip(
+            "missing field", f"{path}:{number}: {found}", fix="--text_field=NAME names another"
+        )
 
 
 def match_pattern(pattern: Path) -> list[Path]:

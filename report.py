@@ -35,6 +35,9 @@ def report_page(manifest: dict, examples: dict) -> str:
     lines.append("Skipped files count as documents.")
     if manifest.get("documents_cut_in_two"):
         lines.append("The documents are too few to hold some out: the end of each is validation.")
+    separator = manifest["made_from"].get("separator")
+    if separator and not manifest["separator_found"]:
+        lines.append(f"No text file has the separator `{separator}` as a line.")
     for rule, count in manifest.get("lines_dropped", {}).items():
         lines.append(f"Of documents that cleaning kept, {rule} dropped {count:,} lines.")
     if "validation_overlap" in manifest:

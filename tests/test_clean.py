@@ -65,7 +65,7 @@ ALPHABETS = [
     "01 ",
     "абвг éßøÑçÅαβΓ한글ابת 12,._'-",
     "日本語中国カナあいabc 12.",
-    "ab“”‘’–—…«»·•©\u00a0\u2009\u3000、。，！ →€™■🙂🚀 ",
+    "ab“”‘’–—…«»·•©×÷\u00a0\u2009\u3000、。，！ →€™■🙂🚀❤️ ",
 ]
 
 
@@ -139,6 +139,7 @@ def one_long_line_twice(letters: int) -> str:
 LINES, A_THIRD = lines_of(prose(1000)), sum(map(len, lines_of(prose(100)))) // 3
 LONG, TOO_LONG = (" ".join(prose(100, 10, excess)).replace("a", "é") for excess in (0, 1))
 NUMBERS = list(map(str, range(1000, 1021)))
+SIGNS = [*"•–→×➤½©…☃🙂③°£§¿—÷■", "❤️", "€500", "“12”"]
 NO_SENTENCES = " ".join([*marked(prose(), "!", 2), "is", "3.5", "e.g:"])
 OK_31, OK_32 = ("\n".join(mixed(lines_of(prose(n)), "ok", m)) for n, m in ((690, 31), (680, 32)))
 CASES = [  # the rule, a page just within its threshold, a page just beyond
@@ -150,6 +151,7 @@ CASES = [  # the rule, a page just within its threshold, a page just beyond
     ("bullet_lines", bullets(90), bullets(91)),
     ("ellipsis_lines", "\n".join(marked(LINES, "..", 30)), "\n".join(marked(LINES, "… ", 31))),
     ("words_without_letters", page([*prose(80), *NUMBERS[1:]]), page([*prose(79), *NUMBERS])),
+    ("words_without_letters", page([*prose(80), *SIGNS[1:]]), page([*prose(79), *SIGNS])),
     ("stop_words", page(prose()), page(prose()).replace("and", "the")),
     ("sentences", " ".join(marked(prose(), '?"', 3)), NO_SENTENCES),
     ("curly_brackets", page(prose()), page([*prose(), "{"])),

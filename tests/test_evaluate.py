@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QWEN3, make_model, run_inside
+from conftest import QWEN3, make_model, run_inside, write
 
 import checkpoint
 import evaluate
@@ -93,7 +93,7 @@ def test_figures_and_their_errors():
     assert summarize([Score("", 10, 10, 10.0)])["nats_per_token"] == (1.0, None)
 
 
-def test_text_and_datasets_are_scored_alike(trained, data_dir, text_file):
+def test_text_and_datasets_are_scored_alike(trained, data_dir, text_file, tmp_path):
     result = evaluated(trained, text_file, "--json=True")[1]
     assert result["documents"] == 40 and len(result["worst"]) == 10
     assert str(text_file) in result["worst"][0]["where"]
@@ -102,6 +102,11 @@ def test_text_and_datasets_are_scored_alike(trained, data_dir, text_file):
     assert train["documents"] > val["documents"] > 0
     for name in ("tokens", "bytes"):
         assert train[name] + val[name] == result[name]
+    write(tmp_path / "a.json", "{}")
+    (tmp_path / "b.jsonl").symlink_to(text_file)
+    (tmp_path / "c.jsonl").hardlink_to(text_file)
+    folder, same = evaluated(trained, tmp_path, "--json=True")
+    assert same["tokens"] == result["tokens"] and "skipped: 1 symbolic link" in folder.stderr
     text = evaluated(trained, text_file)[0].stdout
     assert f"nats per token  {result['nats_per_token'][0]:9.4f} ± " in text
 
@@ -131,6 +136,7 @@ def test_what_cannot_be_scored_is_refused(trained, data_dir, text_file, tmp_path
     checkpoint.save(tmp_path / "nan.pt", state)
     for text, model, code, message in (
         (tmp_path / "none.txt", "", 2, "none.txt"),
+        (write(tmp_path / "a.jsonl", "{}"), "", 2, "no field 'text'; its fields: []; python prep"),
         (tmp_path / "empty.txt", "", 2, "empty.txt: there is no text to score"),
         (f"{data_dir / 'tiny'}:test", "", 2, "a split is one of train, val"),
         (tmp_path / "other", "", 2, "the tokenizer bpe:300, the model bytes: it cannot score"),

@@ -156,6 +156,51 @@ def test_documents_too_few_to_hold_some_out_are_cut_in_two(tmp_path, capsys):
     fails("too little text for a training and a validation split", tmp_path / "x", ["x"])
 
 
+@pytest.mark.parametrize(
+    "fraction, sizes, is_cut",
+    [
+        (0.25, (400, 4200), True),
+        (0.25, (400, 532), False),
+        (0.25, (400, 540), True),
+        (0.9, (400, 401), True),
+        (0.9, (400, 4000), False),
+        (0.1, (40_000, 556), False),
+        (0.1, (40_000, 550), True),
+    ],
+)
+def test_the_odds_of_validation_text_are_near_those_asked_for(tmp_path, fraction, sizes, is_cut):
+    texts = []
+    for wanted, size in enumerate(sizes):
+        candidates = (f"{n:0{size}}".encode() for n in range(999))
+        is_val = prepare_data.is_for_validation
+        texts.append(next(t for t in candidates if is_val(t, fraction) == wanted).decode())
+    texts += ["x"] * is_cut  # too short for a part in each split
+    manifest, *splits = prepared(tmp_path, texts, val_fraction=fraction)
+    assert manifest["documents_cut_in_two"] == is_cut and all(map(all, splits))
+
+
+def test_bytes_are_those_of_the_text_that_the_tokens_stand_for(tmp_path):
+    texts = ["e\u0301" * 500]  # two bytes each once composed, as qwen does
+    options = {"tokenizer": "bpe:300", "split_pattern": "qwen", "clean": "none"}
+    manifest, train, val = prepared(tmp_path, texts, **options)
+    assert manifest["bytes"]["kept"] == 1500 and len("".join(train + val).encode()) == 1000
+
+
+def test_a_separator_without_effect_is_said(tmp_path, capsys):
+    source, texts = write(tmp_path / "a.txt", f"{GOOD}\n\nmore"), [GOOD]
+    for number, (input, separator) in enumerate(((source, "***"), (texts, r"\n\n"))):
+        prepared(tmp_path, input, name=f"mine{number}", separator=separator)
+        assert f"--separator={separator}: no text file has such a line" in capsys.readouterr().out
+        report = (tmp_path / "data" / f"mine{number}" / "report.md").read_text(encoding="utf-8")
+        assert f"No text file has the separator `{separator}` as a line." in report
+    assert prepared(tmp_path, source, separator=r"\n\n")[0]["documents"]["in"] == 2
+    assert "no text file" not in capsys.readouterr().out
+    for name, values in {"separator": (r"\n", " "), "encoding": ("hex", "x")}.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name} .* is (white space|not known)"):
+                settings_for(tmp_path, source, **{name: value})
+
+
 def test_of_repeated_documents_the_first_is_kept_and_validation_wins(tmp_path):
     texts, signs = random_texts(200, words=100), [*map("".join, product("!?.,;-🙂", repeat=3))]
     train, val = splits_of(texts)
@@ -183,7 +228,11 @@ def test_documents_that_share_text_with_a_benchmark_are_dropped(tmp_path, capsys
     write_texts(source, ["Too short.", benchmark])
     shared = "“first? Café” owner ANDRÉ\nsaid it can't be, for I saw him"  # 13 words
     texts = random_texts(200)
-    fails("no text of 13 words or more", tmp_path, texts, decontaminate=str(short))
+    write(tmp_path / "short" / "a.json", "[]")
+    fails("no text of 13 words or more$", tmp_path, texts, decontaminate=str(short))
+    fails("13 words or more; skipped: 1 JSON", tmp_path, texts, decontaminate=f"{tmp_path}/short")
+    bad = str(write(tmp_path / "bad.jsonl", "{"))
+    fails("skips no errors$", tmp_path, texts, decontaminate=bad, on_error="skip")
     texts = [f"{t} {shared if n < 100 else shared[:-3]} {t}" for n, t in enumerate(texts)]
     manifest, *splits = prepared(tmp_path, texts, decontaminate=str(source), dedupe=dedupe)
     assert splits == splits_of(texts[100:]) and splits_of(texts[:100])[1]
@@ -216,7 +265,7 @@ def test_what_is_missing_or_wrong_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("files.hub_snapshot", lambda *_, **__: pytest.fail("it downloads first"))
     fails("there is no file .*none.tiktoken", tmp_path, name="tinystories", tokenizer=path)
     fails("a.jsonl:2: not JSON", tmp_path, source)
-    fails(r"texts.jsonl: no text is left \(2 empty\)", tmp_path, [" ", "\t"])
+    fails(r"texts.jsonl: no text is left \(2 empty\); .*texts.jsonl:1", tmp_path, [" ", "\t"])
 
 
 def test_a_full_disk_ends_with_one_line_and_leaves_nothing(tmp_path, capsys):

@@ -83,12 +83,14 @@ def test_patterns_name_each_file_once_and_in_order(tmp_path, monkeypatch):
         fails(f"--source={missing}: no such file", sources, on_error="skip")
 
 
-def test_standard_input_is_a_source():
+def test_standard_input_is_a_source_unless_it_is_closed(monkeypatch):
     program = "from readers import Reader; print(list(Reader('-', format='jsonl')))"
     data = json_lines(["one", "two"]).encode()
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, input=data, stdout=-1, cwd=Path(readers.__file__).parent)
     assert done.stdout.split(b"\n")[0] == b"[('one', '-:1'), ('two', '-:2')]"
+    monkeypatch.setattr(sys, "stdin", None)
+    fails("--source=-: standard input is closed", "-")
 
 
 def test_links_in_a_folder_are_not_followed(tmp_path):
@@ -133,10 +135,12 @@ def test_each_format_is_read_in_each_compression(tmp_path, suffix):
     for name, text, documents in (
         ("a.txt", "one\n", ["one\n"]),
         ("README", CSV, [CSV]),
-        ("x.tar.py", json_lines("ab"), [json_lines("ab")]),
+        ("x.tar.py", "{}\n{1: 2}\n", ["{}\n{1: 2}\n"]),
         ("b.jsonl", json_lines(ROWS) + "\n \n" + json_lines(["é"]), [*ROWS, "é"]),
         ("b.NDJSON", json_lines(ROWS).rstrip(), ROWS),
+        ("c4.00000.json", json_lines(ROWS), ROWS),
         ("c.csv", CSV, ROWS),
+        ("c.tsv", CSV.replace(",1", "\t1").replace(",2", "\t2").replace(",n", "\tn"), ROWS),
     ):
         path = write(tmp_path / (name + suffix.upper()), compress(text.encode()))
         reader = Reader(str(path))
@@ -159,9 +163,42 @@ def test_the_format_setting_overrides_the_name(tmp_path):
         path = write(tmp_path / name, text)
         assert read(path, format="text") == [text]
         assert read(path, format=file_format, text_field="body") == ROWS
-    path = write(tmp_path / "x" / "a.json", lines)
-    fails("a.json may hold one text or many: add --format=text or --format=jsonl", path)
-    assert read(path.parent) == [lines]  # in a folder it is a text
+    path = write(tmp_path / "a.txt", "one\r\n\ntwo\n" + "x" * 999)
+    assert list(Reader(str(path), format="lines"))[2:] == [
+        ("two", f"{path}:3"),
+        ("x" * 999, f"{path}:4"),
+    ]
+
+
+STRUCTURED = [  # files that are not what their names say, and what they count as
+    ("a.json", '{\n  "text": "one"\n}\n', "JSON"),
+    ("a.JSON.gz", gzip.compress(b'[{"text": "one"}]\n'), "JSON"),
+    ("one.json", '{"version": 1}\n', "JSON"),
+    ("pandas.json", '{"text": {"0": "one"}}', "JSON"),
+    ("notebook.ipynb", '{"cells": []}\n', "JSON"),
+    ("c4.txt", json_lines(["one" * 999, "two"]), "JSON"),
+    ("c4", b"\xef\xbb\xbf" + json_lines(["one"]).encode(), "JSON"),
+    ("a.png", b"\x89PNG\r\n\0\0", "binary"),
+    ("a.pdf", b"%PDF-1.5\n%\xd0\xd4\xc5\xd8\n3 0 obj", "binary"),
+    ("a.docx", b"PK\3\4\x14", "binary"),
+    ("a.jsonl", gzip.compress(b"two"), "binary"),
+    ("a.txt", "without a mark".encode("utf-16-le"), "binary"),
+]
+
+
+@pytest.mark.parametrize("name, content, reason", STRUCTURED)
+def test_what_is_not_text_is_refused_if_named_and_counted_in_a_folder(
+    tmp_path, monkeypatch, name, content, reason
+):
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 100)  # the first line can be longer
+    path = write(tmp_path / "texts" / name, content)
+    write(tmp_path / "texts" / "good.txt", "good")
+    for source in (path, tmp_path / "texts" / f"{name[:3]}*"):
+        fails(f"{path.name} is {reason}.* --(format|encoding)=?.*--on_error=skip", source)
+        assert skipped(source) == {reason: 1}
+    reader = Reader(str(tmp_path / "texts"))
+    assert [text for text, _ in reader] == ["good"] and reader.tally.documents == {reason: 1}
+    assert reason == "binary" or len(read(path, format="text")) == 1
 
 
 def test_a_separator_splits_a_file_into_documents(tmp_path):
@@ -171,6 +208,8 @@ def test_a_separator_splits_a_file_into_documents(tmp_path):
         text = "<|endoftext|>\n" + documents[0] + separators + documents[1] + end
         path = write(tmp_path / "a.txt", text)
         assert read(path, separator="<|endoftext|>") == documents and read(path) == [text]
+    path = write(tmp_path / "a.txt", "\n\none\nline\r\n \r\n\ntwo")
+    assert read(path, separator=r"\n\n") == ["one\nline\r\n", "two"]
 
 
 ENCODINGS = [  # the encoding, its byte-order mark, bytes that are no character in it
@@ -197,17 +236,18 @@ def test_each_encoding_is_read_or_refused_wherever_blocks_end(
         message = fails(f"a.txt: not {encoding} text: .*--on_error=skip", path)
         assert int(re.search(r"at byte (\d+);", message)[1]) == len(good)
         assert skipped(path) == {"invalid bytes": 1} and read(path, on_error="skip") == []
+    fails("--encoding=NAME", path)
+    path = write(tmp_path / "a.jsonl", json_lines(["first"]) + " " * readers.BLOCK_BYTES)
+    path.write_bytes(path.read_bytes() + b"\xff")
+    assert read(path, on_error="skip") == ["first"]  # what was read before stays
 
 
-def test_binary_files_are_refused_if_named_and_counted_in_a_folder(tmp_path):
-    path = write(tmp_path / "texts" / "a.png", b"\x89PNG\r\n\0\0")
-    write(tmp_path / "texts" / "good.txt", "good")
-    for source in (path, tmp_path / "texts" / "*"):
-        fails("a.png is binary, not text", source)
-        assert skipped(source) == {"binary": 1}
-    reader = Reader(str(tmp_path / "texts"))
-    assert [text for text, _ in reader] == ["good"] and reader.tally.documents == {"binary": 1}
-    fails("is binary", write(tmp_path / "a.txt", "without a mark".encode("utf-16-le")))
+def test_other_encodings_are_read_if_named(tmp_path):
+    text = "plain é 日本\n"
+    for encoding in ("gb18030", "utf-16-le", "euc_jis_2004"):
+        path = write(tmp_path / "a.txt", text.encode(encoding))
+        assert read(path, encoding=encoding) == [text] and sum(skipped(path).values()) == 1
+    assert read(write(path, codecs.BOM_UTF8 + text.encode()), encoding="gb18030") == [text]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "separated"])
@@ -248,17 +288,24 @@ DAMAGE = [
     lambda data: b"something else",
     lambda data: data[:12] + b"\xff" * 40 + data[52:],
 ]
-NO_TEXT = "no text in field 'text' (--text_field); its fields:"
+NO_FIELD = {"missing field": 1}
 BAD = [  # a file, the message, what is counted
     ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl:3: not JSON", {"broken line": 1}),
     ("a.jsonl", b"[" * 100_000 + b"\n{}}\n", "a.jsonl:1: not JSON", {"broken line": 2}),
-    ("a.jsonl", b'{"b": "x", "n": 1}\n', f"a.jsonl:1: {NO_TEXT} ['b', 'n']", {"missing field": 1}),
-    ("a.jsonl", b'[1]\n3\nnull\n"x"\n', f"a.jsonl:1: {NO_TEXT} []", {"missing field": 4}),
-    ("a.jsonl", b'{"text": 3}\n{"text": ["x"]}', f"a.jsonl:1: {NO_TEXT}", {"missing field": 2}),
-    ("a.csv", b"b,n\nx,1,2\n", f"a.csv:2: {NO_TEXT} ['b', 'n', None]", {"missing field": 1}),
+    ("a.jsonl", b'{"text": "a\\ud83db"}', "surrogates not allowed", {"broken line": 1}),
+    ("a.jsonl", b'{"b": "x"}\n', "a.jsonl:1: no field 'text'; its fields: ['b']", NO_FIELD),
+    ("a.jsonl", b"[1]\n", "a.jsonl:1: [1] is not an object", NO_FIELD),
+    ("a.jsonl", b"null\n", "a.jsonl:1: None is not an object", NO_FIELD),
+    ("a.jsonl", b'{"text": ["x"]}', "a.jsonl:1: field 'text' holds ['x'], not text", NO_FIELD),
+    ("a.csv", b"b,n\nx,1\n", "a.csv:2: no field 'text'; its fields: ['b', 'n']", NO_FIELD),
     ("a.csv", b'text,n\n"a"b,1\nx,2\n', "a.csv:2: not CSV", {"broken line": 1}),
     ("a.csv", b'text,n\nx,1\n"a,2\ny,3\n', "not CSV: unexpected end", {"broken line": 1}),
+    ("a.csv", b"n,text\n1,a\n2,b, c\n", "a.csv:3: not CSV: 3 fields, but 2 in", {"broken line": 1}),
+    ("a.csv", b"text,n\n\na\n", "a.csv:3: not CSV: 1 fields, but 2 in", {"broken line": 1}),
+    ("a.TSV", b"n\ttext\n1\ta\tb\n", "a.TSV:2: not CSV: 3 fields", {"broken line": 1}),
 ]
+# its header asks for a window of 2 GiB
+BAD.append(("a.zst", b"\x28\xb5\x2f\xfd\0\xa8\1\0\0", "longer --long than 27", {"unreadable": 1}))
 BAD += [
     (f"a.txt{suffix}", damage(make(TEXT)), "is cut or damaged", {"damaged file": 1})
     for suffix, make in (COMPRESSORS | {".parquet": parquet}).items()
@@ -276,19 +323,26 @@ def test_bad_input_is_refused_or_counted_with_an_example(tmp_path, name, content
 
 
 def test_parquet_without_text_is_refused(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", ["one", None, "three"])
-    fails("a.parquet:1: no text in field 'body' .*; its fields: .'text'", path, text_field="body")
-    fails("a.parquet:2: no text in field 'text'", path)
-    assert read(path, on_error="skip") == ["one", "three"]
-    assert skipped(path) == {"missing field": 1}
+    path = write_parquet(tmp_path / "a.parquet", ["one"])
+    fails("a.parquet:1: no field 'body'; its fields: .'text'", path, text_field="body")
+    fails("field 'text' holds b'one', not text", write_parquet(tmp_path / "b.parquet", [b"one"]))
     offsets = pyarrow.py_buffer(np.array([0, 2, 4], dtype=np.int32))
     texts = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"ok\xff\xff"))
     fails("b.parquet: 'utf-8' codec can't decode", write_parquet(tmp_path / "b.parquet", texts))
 
 
-def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
-    lines = '{"text": "a\\ud83db"}\n{"text": "\\ud83d\\ude00"}\n{"text": "\\ude00"}\n'
-    assert read(write(tmp_path / "a.jsonl", lines)) == ["a?b", "😀", "?"]
+def test_a_missing_cell_is_an_empty_document_in_each_format(tmp_path):
+    paths = [write_parquet(tmp_path / "a.parquet", ["one", None, "three"])]
+    paths.append(write(tmp_path / "a.csv", "n,text\n1,one\n2,\n3,three\n"))
+    paths.append(write(tmp_path / "a.jsonl", json_lines(["one", None, "three"])))
+    for path in paths:
+        assert read(path) == ["one", "", "three"]
+
+
+def test_messages_advise_only_what_the_script_has(tmp_path):
+    for name, content in (("a.jsonl", "{}"), ("a.json", "{"), ("a.txt", b"\xff"), ("b", b"\0")):
+        message = fails("; advice$", write(tmp_path / name, content), advice="advice")
+        assert "--" not in message
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
