@@ -146,5 +146,5 @@ def newest_checkpoint(run: Path | None, out_dir: str) -> Path:
         hint = "train a model first: python train.py config/small.py"
         if run:
             hint = "name a .pt file, a run's folder, or a model (gpt2, a folder, OWNER/NAME)"
-        raise Failure(f"{run or out_dir}: no checkpoint is there; {hint}", NO_CHECKPOINT)
+        raise Failure(f"{run or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)
     return max(checkpoints, key=lambda file: file.stat().st_mtime)

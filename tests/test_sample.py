@@ -332,7 +332,7 @@ def test_models_that_cannot_be_opened(exported, tmp_path):
     for name, code, message in (
         ("large", 2, "301 entries, the model 257: they do not belong together"),
         ("bare", 2, "bare.*tokenizer.json"),
-        ("none", 4, "none: no checkpoint is there; name a .pt file, a run"),
+        ("none", 4, "none: there is no checkpoint in it; name a .pt file, a run"),
     ):
         refused(message, checkpoint.open_model, str(tmp_path / name), "", code=code)
 

@@ -334,8 +334,12 @@ FAILURES = [
     (["--block_size=8192", "--batch_tokens=16384"], 2, "one window of 8193 val tokens"),
     (["--device=mps"], 2, "finds none here"),
     ([*FINE_TUNE, "--init_from=a/b", "--dataset=stdlib"], INPUT_OUTPUT, "could not download a/b"),
-    ([*FINE_TUNE, "--init_from=config/b", "--dataset=stdlib"], NO_CHECKPOINT, "config/b: no check"),
-    ([*FINE_TUNE, "--init_from=a/b.pt", "--dataset=stdlib"], NO_CHECKPOINT, "a/b.pt: no checkp"),
+    (
+        [*FINE_TUNE, "--init_from=config/b", "--dataset=stdlib"],
+        NO_CHECKPOINT,
+        "config/b: there is no",
+    ),
+    ([*FINE_TUNE, "--init_from=a/b.pt", "--dataset=stdlib"], NO_CHECKPOINT, "a/b.pt: there is no"),
 ]
 
 
