@@ -234,9 +234,8 @@ config.run(print, Toy, "")
 @pytest.mark.parametrize("closed", ["", "<&- >&- 2>&-"])
 def test_any_text_is_printed_in_any_encoding_and_to_closed_streams(closed):
     """Also text that was typed and is none in the encoding."""
-    command = ["bash", "-c", f"{sys.executable} -c '{SCRIPT}' {closed}"]
-    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    options = dict(input=b"\x81\n", capture_output=True, cwd=ROOT, env=environment)
+    command = f"PYTHONIOENCODING=cp1252 {sys.executable} -c '{SCRIPT}' {closed}"
+    options = dict(input=b"\x81\n", capture_output=True, cwd=ROOT, shell=True)
     result = subprocess.run(command, **options)
     printed = result.returncode, result.stdout.decode(), result.stderr.decode()
     lines = ("", "") if closed else ("\\x81\n \u4e2d \\ud800\n", "-c: \u4e2d\n")
