@@ -311,8 +311,7 @@ def open_model(name: str, out_dir: str, dropout: float = 0.0) -> tuple[GPT, Toke
 def find_model(name: str, out_dir: str = "") -> Path:
     """The .pt file that `name` means, or the folder, which is downloaded where it is on the Hub."""
     path = Path(name)
-    can_be_repo = files.hub_repo(name) and path.suffix != ".pt" and not path.parent.is_dir()
-    is_on_hub = not path.exists() and (name in files.HUB_NAMES or can_be_repo)
+    is_on_hub = files.hub_repo(name) and not path.exists()
     if name and (is_on_hub or (path / "config.json").exists()):
         return files.model_folder(name, hf.FILES + HF_FILES, hf.is_complete)
     return path if path.is_file() else newest_checkpoint(path if name else None, out_dir)
@@ -339,5 +338,5 @@ def newest_checkpoint(run: Path | None, out_dir: str) -> Path:
         hint = "train a model first: python train.py config/small.py"
         if run:
             hint = "name a .pt file, a run's folder, or a model (gpt2, a folder, OWNER/NAME)"
-        raise Failure(f"{run or out_dir}: no checkpoint is there; {hint}", NO_CHECKPOINT)
+        raise Failure(f"{run or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)
     return max(checkpoints, key=lambda file: file.stat().st_mtime)

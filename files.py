@@ -145,8 +145,9 @@ def fetch(url: str, path: Path, sha256: str, max_bytes: int) -> Path:
 
 
 def hub_repo(name: str) -> str:
-    """The OWNER/NAME that `name` means on the Hugging Face Hub; "" if it means none."""
-    is_repo = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)
+    """The OWNER/NAME that `name` means on the Hugging Face Hub; "" where OWNER is a folder here."""
+    is_repo = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.pt)", name, re.ASCII)
+    is_repo = is_repo and not Path(name).parent.is_dir()
     return HUB_NAMES.get(name) or (name if is_repo else "")
 
 

@@ -124,7 +124,8 @@ def test_names_of_models_on_the_hub():
     assert files.hub_repo("gpt2") == "openai-community/gpt2"
     assert files.hub_repo("distilgpt2") == "distilbert/distilgpt2"
     assert files.hub_repo("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
-    for name in ("", "typo", "a/b/c", "./none", "../x", "a/..", "/etc/passwd"):
+    names = ("", "typo", "a/b/c", "./none", "../x", "a/..", "/etc/passwd")
+    for name in (*names, "config/x", "a/b.pt"):  # a folder here, a checkpoint
         assert files.hub_repo(name) == ""
 
 

@@ -181,6 +181,7 @@ def test_a_completion_ends_at_its_length_or_at_end_of_text():
     assert shown(b"abcdef", max_new_tokens=4)[0] == ["a", "b", "c", "d"]
     record = shown(b"ab", ends=True)[1].to_dict()
     assert record == dict(text="ab", tokens=2, mean_logprob=-1.0, ended="end of text")
+    assert {"sample", *record} == sample.OWN_ENTRIES
     assert shown(b"", ends=True)[1].to_dict()["mean_logprob"] is None
     assert shown([97, 300, 98])[0] == ["a", "", "b"]  # 300 has no meaning
 
@@ -232,19 +233,12 @@ BAD_LINES = ["{", "[]", "{}", '{"prompt": 3}', '"x"', '{"prompt": "\\ud800"}', "
 def test_bad_prompts_are_refused(tmp_path):
     cases = [("jsonl", line.encode(), ":1: a line is") for line in BAD_LINES]
     cases += [("txt", b"\n\n", " has no prompt"), ("txt", b"\xff", ":1: a line is text in UTF-8")]
+    for name in sample.OWN_ENTRIES:  # would be overwritten
+        line = json.dumps({"prompt": "a", name: "mine"}).encode()
+        cases.append(("jsonl", line, f":1: --json has its own '{name}'"))
     for suffix, content, message in cases:
         path = write(tmp_path / f"x.{suffix}", content)
-        refused(f"{path}{message}", sample.read_prompts, SampleConfig(prompts=str(path)))
-
-
-def test_entries_of_a_record_are_never_overwritten(tmp_path):
-    for name in sorted(sample.OWN_ENTRIES):
-        path = write(tmp_path / "x.jsonl", json.dumps({"prompt": "a", name: "mine"}))
-        settings = SampleConfig(prompts=str(path), json=True)
-        refused(f"{path}:1: --json has its own '{name}'", sample.read_prompts, settings)
-        [prompt] = sample.read_prompts(SampleConfig(prompts=str(path)))
-        assert prompt == {"id": 1, "prompt": "a", name: "mine"}
-    assert {*shown(b"")[1].to_dict(), "sample"} == sample.OWN_ENTRIES
+        refused(f"{path}{message}", sample.read_prompts, SampleConfig(prompts=str(path), json=True))
 
 
 def test_what_exceeds_the_context_is_said(trained):
@@ -332,7 +326,7 @@ def test_models_that_cannot_be_opened(exported, tmp_path):
     for name, code, message in (
         ("large", 2, "301 entries, the model 257: they do not belong together"),
         ("bare", 2, "bare.*tokenizer.json"),
-        ("none", 4, "none: no checkpoint is there; name a .pt file, a run"),
+        ("none", 4, "none: there is no checkpoint in it; name a .pt file, a run"),
     ):
         refused(message, checkpoint.open_model, str(tmp_path / name), "", code=code)
 

@@ -432,8 +432,12 @@ FAILURES = [
     (["--block_size=8192", "--batch_tokens=16384"], 2, "one window of 8193 val tokens"),
     (["--device=mps"], 2, "finds none here"),
     ([*FINE_TUNE, "--init_from=a/b", "--dataset=stdlib"], INPUT_OUTPUT, "could not download a/b"),
-    ([*FINE_TUNE, "--init_from=config/b", "--dataset=stdlib"], NO_CHECKPOINT, "config/b: no check"),
-    ([*FINE_TUNE, "--init_from=a/b.pt", "--dataset=stdlib"], NO_CHECKPOINT, "a/b.pt: no checkp"),
+    (
+        [*FINE_TUNE, "--init_from=config/b", "--dataset=stdlib"],
+        NO_CHECKPOINT,
+        "config/b: there is no",
+    ),
+    ([*FINE_TUNE, "--init_from=a/b.pt", "--dataset=stdlib"], NO_CHECKPOINT, "a/b.pt: there is no"),
 ]
 
 
@@ -500,12 +504,11 @@ def test_fine_tuning_starts_from_a_hugging_face_folder(data_dir, tmp_path, shape
 def test_a_run_starts_from_another_runs_weights(finished, data_dir, tmp_path):
     rates = [*FINE_TUNE, "--warmup_steps=0", "--learning_rate=0", "--min_lr=0", "--dropout=0.5"]
     for start in (finished[0], finished[0] / "latest.pt"):
-        out_dir = tmp_path / start.name
-        result = tiny_run(data_dir, out_dir, f"--init_from={start}", "--max_steps=1", *rates)
-        assert result.returncode == 0, result.stderr
-        assert same(weights(out_dir), weights(finished[0]))
-        state = checkpoint.load(out_dir / "latest.pt")
-        assert state["step"] == 1 and state["model_config"]["dropout"] == 0.5
+        options = [f"--init_from={start}", "--max_steps=1", "--overwrite=True", *rates]
+        assert tiny_run(data_dir, tmp_path / "run", *options).returncode == 0
+        state = checkpoint.load(tmp_path / "run" / "latest.pt")
+        assert same(state["model"], weights(finished[0])) and state["step"] == 1
+        assert state["model_config"]["dropout"] == 0.5
     shutil.copytree(FIXTURES / "dataset", tmp_path / "data" / "tiny")
     result = tiny_run(tmp_path / "data", tmp_path / "other", f"--init_from={start}", *FINE_TUNE)
     assert "--tokenizer=data/ITS_DATASET/tokenizer.tiktoken" in result.stderr
