@@ -120,11 +120,6 @@ def open_model(name: str, out_dir: str) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def is_hf_name(name: str) -> bool:
-    """Whether `name` can be a model in Hugging Face's layout: a folder, or one on the Hub."""
-    return bool(files.hub_repo(name)) or (name != "" and Path(os.path.expanduser(name)).is_dir())
-
-
 def hf_folder(name: str) -> Path:
     """The folder of a model in Hugging Face's layout, downloaded where it is on the Hub."""
     return files.model_folder(name, hf.FILES + HF_FILES, hf.is_complete)

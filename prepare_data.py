@@ -12,6 +12,7 @@ the number of processes.
 
 import gzip
 import hashlib
+import json
 import lzma
 import os
 import shutil
@@ -57,6 +58,7 @@ class PrepareConfig:
     on_error: str = "stop"  # at a file, line or bytes that cannot be read: stop, or skip and count
     tokenizer: str = ""  # gpt2 (default), bytes, bpe:N (trained here), .tiktoken file, HF model
     split_pattern: str = ""  # how bpe:N or a .tiktoken file splits text: gpt2, gpt4 or qwen
+    special_tokens: str = "text"  # where text contains one: text = its characters, keep = its id
     val_fraction: float = 0.0  # share of documents for validation; 0 = 0.1, or the dataset's own
     clean: str = "basic"  # none, basic (NFC, line ends, no control characters), web (and rules)
     web_off: str = "unfinished_lines"  # rules of clean=web to leave out, separated by commas
@@ -92,7 +94,7 @@ class PrepareConfig:
         """Raise ValueError where a single value makes no sense."""
         config.check_choices(self, on_error="stop skip", clean="none basic web")
         config.check_choices(self, dedupe="none exact near", format="text jsonl csv parquet")
-        config.check_choices(self, split_pattern=" ".join(PATTERNS))
+        config.check_choices(self, split_pattern=" ".join(PATTERNS), special_tokens="text keep")
         config.check_bounds(self, 0, "processes")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction {self.val_fraction} must be at least 0 and below 1")
@@ -247,6 +249,7 @@ def build(settings: PrepareConfig, work: Path) -> dict:
         kept = deduplicate(settings, corpus)
         splits, is_cut = corpus.split(kept, settings.val_fraction)
         tokenizer = tokenizer or new_tokenizer(settings, corpus, splits["train"])
+        tokenizer = replace(tokenizer, special_tokens=settings.special_tokens)
         entries = write_shards(settings, corpus, splits, tokenizer, work / "dataset")
         overlap = measure_overlap(corpus, splits, work)
     entries["val"]["compressed_bits_per_byte"] = compress(corpus, splits["val"])
@@ -386,36 +389,44 @@ def new_tokenizer(settings: PrepareConfig, corpus: Corpus, spans: np.ndarray) ->
     for part in corpus.map(partial(count_pieces, pattern=pattern), spans, "bytes split"):
         counts.update(part)
     print(f"training a tokenizer of {vocab_size:,} entries on {len(counts):,} pieces", flush=True)
-    return Tokenizer.from_tokens(train_bpe(counts, vocab_size), settings.tokenizer, pattern)
+    tokens = train_bpe(counts, vocab_size)
+    if len(tokens) + 1 < vocab_size:
+        print(f"the text is too short: the tokenizer has only {len(tokens) + 1:,} entries")
+    return Tokenizer.from_tokens(tokens, settings.tokenizer, pattern)
 
 
 def write_shards(settings, corpus: Corpus, splits: dict, tokenizer: Tokenizer, folder: Path):
     """Tokenise the documents into shards in `folder`; return the manifest's entry of each split."""
     path, entries = folder / "tokenizer.tiktoken", {}
     path.write_text(tokenizer.to_text(), "ascii", newline="")
-    tokenize = partial(tokenize_texts, path, tuple(tokenizer.record().items()))
+    tokenize = partial(tokenize_texts, path, json.dumps(tokenizer.record()))
     for split, spans in splits.items():
         prefix, sizes = f"{settings.name}_{split}", (settings.shard_tokens, tokenizer.vocab_size)
+        special = Counter()
         with ShardWriter(folder, prefix, *sizes) as writer:
-            for tokens in corpus.map(tokenize, spans, f"bytes of {split} tokenised"):
+            for tokens, found in corpus.map(tokenize, spans, f"bytes of {split} tokenised"):
                 writer.add(tokens)
+                special += found
             shards = writer.finish()
         tokens = sum(shard["tokens"] for shard in shards)
         counts = {"documents": len(spans), "bytes": count_bytes(spans), "tokens": tokens}
-        entries[split] = counts | {"shards": shards}
+        entries[split] = counts | {"special_tokens": dict(special), "shards": shards}
     return entries
 
 
-def tokenize_texts(path: Path, record: tuple, texts: Iterable[str]) -> np.ndarray:
-    """The tokens of documents, uint32, an end-of-text before each."""
-    tokenizer = cached_tokenizer(path, record)
-    return np.concatenate([tokenizer.encode_document(text) for text in texts])
+def tokenize_texts(path: Path, record: str, texts: Iterable[str]) -> tuple[np.ndarray, Counter]:
+    """The tokens of documents, uint32, an end-of-text before each; special tokens in the texts."""
+    tokenizer, tokens, special = cached_tokenizer(path, record), [], Counter()
+    for text in texts:
+        tokens.append(tokenizer.encode_document(text))
+        special += tokenizer.count_special(text)
+    return np.concatenate(tokens), special
 
 
 @lru_cache(maxsize=1)
-def cached_tokenizer(path: Path, record: tuple) -> Tokenizer:
-    """A dataset's tokenizer, read once per worker."""
-    return Tokenizer.from_record(dict(record), path.read_text(encoding="ascii"))
+def cached_tokenizer(path: Path, record: str) -> Tokenizer:
+    """A dataset's tokenizer, read once per worker. record: its record as JSON."""
+    return Tokenizer.from_record(json.loads(record), path.read_text(encoding="ascii"))
 
 
 def measure_overlap(corpus: Corpus, splits: dict, work: Path) -> float:
@@ -446,8 +457,10 @@ def merge(settings: PrepareConfig, work: Path) -> dict:
     manifests = [read_manifest(path) for path in paths]
     tokenizers = [read_tokenizer(p, manifest["tokenizer"]) for p, manifest in zip(paths, manifests)]
     for path, tokenizer in zip(paths, tokenizers):
-        if not tokenizer.same_ids(tokenizers[0]):
-            raise Failure(f"--merge: {path} and {paths[0]} have different tokenizers")
+        is_same = tokenizer.special_tokens == tokenizers[0].special_tokens
+        if not is_same or not tokenizer.same_ids(tokenizers[0]):
+            names = "tokenizers or --special_tokens"
+            raise Failure(f"--merge: {path} and {paths[0]} have different {names}")
     folder, entries = work / "dataset", {}
     link_or_copy(paths[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     for split in SPLITS:
