@@ -153,12 +153,10 @@ def read_config(folder: Path, dropout: float) -> GPTConfig:
     content = files.read_json(path)
     arch = content.get("model_type")
     if arch not in list(FIXED):
-        given = f"{arch!r:.100}"
-        raise Failure(f"{path}: model_type {given} is not supported, only {' and '.join(FIXED)}")
+        raise Failure(f"{path}: model_type {arch!r:.99} is not supported, only gpt2 and qwen3")
     for name, value in FIXED[arch].items():
         if name != "architectures" and content.get(name, value) != value:
-            given = f"{content[name]!r:.100}"
-            raise Failure(f"{path}: {name} {given} is not supported, only {value!r}")
+            raise Failure(f"{path}: {name} {content[name]!r:.99} is not supported, only {value!r}")
     shape = {name: content.get(theirs) for name, theirs in SHAPE_NAMES[arch].items()}
     if not all(type(value) is int and value > 0 for value in shape.values()):
         raise Failure(f"{path}: sizes must be whole numbers above 0, not {shape!s:.300}")
@@ -179,8 +177,7 @@ def read_rope_theta(content: dict, path: Path) -> float:
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None
     is_default = rope in ({"rope_theta": theta}, {"rope_theta": theta, "rope_type": "default"})
     if not is_default or type(theta) not in (int, float):
-        given = f"{rope!r:.100}"
-        raise Failure(f"{path}: RoPE {given} is not supported, only rope_theta without scaling")
+        raise Failure(f"{path}: RoPE {rope!r:.99} is not supported, only a plain rope_theta")
     return theta
 
 

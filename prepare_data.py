@@ -391,7 +391,8 @@ def new_tokenizer(settings: PrepareConfig, corpus: Corpus, spans: np.ndarray) ->
     print(f"training a tokenizer of {vocab_size:,} entries on {len(counts):,} pieces", flush=True)
     tokens = train_bpe(counts, vocab_size)
     if len(tokens) + 1 < vocab_size:
-        print(f"the text is too short: the tokenizer has only {len(tokens) + 1:,} entries")
+        reached = f"{len(tokens) + 1:,} entries, not {vocab_size:,}"
+        print(f"the tokenizer has only {reached}: no pair of tokens is left to merge", flush=True)
     return Tokenizer.from_tokens(tokens, settings.tokenizer, pattern)
 
 

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -60,7 +60,7 @@ class Tokenizer:
             self.special_ids[END_OF_TEXT] = self.end_of_text
         numbers = [*self.ids.values(), *self.special_ids.values()]
         if not set(BYTES) <= self.ids.keys():
-            raise Failure(f"{self.name}: a tokenizer holds each of the 256 bytes; one is missing")
+            raise Failure(f"{self.name}: a tokenizer holds each of the 256 bytes")
         if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
             raise Failure(f"{self.name}: ids must be whole numbers from 0 to 2147483647")
         number, count = Counter(numbers).most_common(1)[0]
@@ -83,29 +83,23 @@ class Tokenizer:
         return cls(name, pattern, {token: i for i, token in enumerate(tokens)}, len(tokens))
 
     @classmethod
-    def from_text(cls, text: str, name: str, pattern: str, end_of_text=None, **others):
-        """The tokenizer in the text of a .tiktoken file. Raises Failure.
-
-        end_of_text: its id where it has no line; None = the one after the last. others: fields.
-        """
+    def from_text(cls, text: str, name: str, pattern: str) -> "Tokenizer":
+        """The tokenizer in the text of a .tiktoken file. Raises Failure."""
         try:
             numbers = {token: int(number) for token, number in map(str.split, text.splitlines())}
-            if END_OF_TEXT in numbers:
-                end_of_text = numbers.pop(END_OF_TEXT)
-            elif end_of_text is None:
-                end_of_text = len(numbers)
-                if {*numbers.values()} != {*range(end_of_text)}:
-                    raise ValueError(f"ids are missing, and {END_OF_TEXT} has no line")
+            if END_OF_TEXT not in numbers and {*numbers.values()} != {*range(len(numbers))}:
+                raise ValueError(f"ids are missing, and {END_OF_TEXT} has no line")
+            end_of_text = numbers.pop(END_OF_TEXT, len(numbers))
             ids = {base64.b64decode(token, validate=True): n for token, n in numbers.items()}
         except ValueError as error:
             raise Failure(f"{name}: not a .tiktoken file: {error}") from None
-        return cls(name, pattern, ids, end_of_text, **others)
+        return cls(name, pattern, ids, end_of_text)
 
     @classmethod
     def from_record(cls, record: dict, text: str) -> "Tokenizer":
         """The tokenizer that `record` describes and whose `to_text` is `text`."""
-        others = {key: record[key] for key in ("added_tokens", "special_tokens") if key in record}
-        return cls.from_text(text, record["name"], pattern_of(record), **others)
+        fields = {key: record[key] for key in ("added_tokens", "special_tokens") if key in record}
+        return replace(cls.from_text(text, record["name"], pattern_of(record)), **fields)
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of `text`, uint32."""

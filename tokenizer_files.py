@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -14,7 +15,7 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_BYTES = 835_554
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 KNOWN_FILES = {  # OpenAI's, by their SHA-256: what they do not say
-    GPT2_SHA256: {"pattern": "gpt2", "end_of_text": 50256},
+    GPT2_SHA256: {"pattern": "gpt2"},
     CL100K_SHA256: {"pattern": "gpt4", "end_of_text": 100257},
 }
 HF_FILES = ["tokenizer.json", "tokenizer_config.json"]
@@ -56,7 +57,7 @@ def load_tokenizer(name: str, pattern: str, downloads: Path) -> Tokenizer:
     text = path.read_text(encoding="ascii", errors="replace")
     known = known_fields(path)
     pattern = choose_pattern(name, known.get("pattern", ""), pattern)
-    return Tokenizer.from_text(text, name, **known | {"pattern": pattern})
+    return replace(Tokenizer.from_text(text, name, pattern), **known)
 
 
 def choose_pattern(name: str, known: str, given: str) -> str:
@@ -69,7 +70,7 @@ def choose_pattern(name: str, known: str, given: str) -> str:
 
 
 def known_fields(path: Path) -> dict:
-    """What a .tiktoken file does not say, from its dataset's manifest or by its hash."""
+    """The fields of a Tokenizer that its .tiktoken file lacks, from a manifest or by its hash."""
     sha256 = files.sha256_of(path)
     record = read_optional(path.with_name("manifest.json")).get("tokenizer")
     if isinstance(record, dict) and record.get("sha256") == sha256:
@@ -94,7 +95,9 @@ def load_hf_tokenizer(folder: Path, name: str) -> Tokenizer:
         numbers, config = vocab | added, read_optional(folder / "config.json")
         eos, named = read_settings(folder, pattern, config.get("model_type"))
         if missing := named - numbers.keys():
-            raise Failure(f"{folder}: tokenizer.json lacks {min(missing)!r} of the other files")
+            raise Failure(
+                f"{folder}: tokenizer.json lacks {min(missing)!r:.100} of the other files"
+            )
         end_of_text = numbers.get(eos, numbers.get(END_OF_TEXT, config.get("eos_token_id")))
         if type(end_of_text) is not int:
             raise Failure(f"{folder}: neither an eos_token nor {END_OF_TEXT} has an id")
@@ -130,11 +133,13 @@ def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
     supported = {"type": "BPE", "normalizer": NORMALIZERS.get(pattern)} | dict.fromkeys(OFF)
     for name, value in supported.items():
         if (settings.get(name) or None) != value:
-            raise Failure(f"{folder}: a tokenizer of {name} {settings[name]!r} is not supported")
+            raise Failure(
+                f"{folder}: a tokenizer of {name} {settings[name]!r:.99} is not supported"
+            )
     added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
     for token in file.get("added_tokens", []):
         if not token["content"] or any(map(token.get, ("single_word", "lstrip", "rstrip"))):
-            raise Failure(f"{folder}: an added token like {token} is not supported")
+            raise Failure(f"{folder}: an added token like {token!s:.150} is not supported")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return model["vocab"], merges, added, pattern
 
@@ -148,7 +153,9 @@ def pattern_in(pre_tokenizer: dict, folder: Path) -> str:
     for pattern in PATTERNS:
         if (splits, uses_regex) == (split_steps(pattern), pattern == "gpt2"):
             return pattern
-    raise Failure(f"{folder}: it splits text by none of {', '.join(PATTERNS)}, but by {splits}")
+    raise Failure(
+        f"{folder}: it splits text by none of {', '.join(PATTERNS)}, but by {splits!s:.200}"
+    )
 
 
 def split_steps(pattern: str) -> list[dict]:
@@ -168,7 +175,9 @@ def merged_ids(vocab: dict, merges: list, special: set[str], folder: Path) -> di
     characters = byte_characters()
     made = {*characters} | {left + right for left, right in merges}
     if others := vocab.keys() - made - special:
-        raise Failure(f"{folder}: entry {min(others)!r} is neither byte, nor merged, nor special")
+        raise Failure(
+            f"{folder}: entry {min(others)!r:.100} is neither byte, nor merged, nor special"
+        )
     ids = {bytes(characters[c] for c in entry): vocab[entry] for entry in made}
     for merge, implied in zip_longest(merges, implied_merges(ids)):
         if [bytes(characters[c] for c in part) for part in merge] != implied:
