@@ -420,7 +420,7 @@ def tokenize_texts(path: Path, record: str, texts: Iterable[str]) -> tuple[np.nd
     tokenizer, tokens, special = cached_tokenizer(path, record), [], Counter()
     for text in texts:
         tokens.append(tokenizer.encode_document(text))
-        special += tokenizer.count_special(text)
+        special.update(tokenizer.special_regex.findall(text))
     return np.concatenate(tokens), special
 
 

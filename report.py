@@ -58,11 +58,9 @@ def special_tokens(manifest: dict) -> str:
     """How often the text contains which special tokens, and what became of them, or ""."""
     counts = (Counter(entry.get("special_tokens")) for entry in manifest["splits"].values())
     names = [f"{n:,} `{name}`" for name, n in sum(counts, Counter()).most_common()]
-    if manifest["tokenizer"]["special_tokens"] == "keep":
-        outcome = "became the special tokens that they name"
-    else:
-        outcome = "became plain text; --special_tokens=keep makes them the tokens that they name"
-    return f"In the text {', '.join(names)} {outcome}." if names else ""
+    is_kept = manifest["tokenizer"]["special_tokens"] == "keep"
+    outcome = "special tokens" if is_kept else "plain text; --special_tokens=keep keeps them"
+    return f"In the text {', '.join(names)} became {outcome}." if names else ""
 
 
 def table_rows(manifest: dict) -> list[tuple[str, int, int]]:

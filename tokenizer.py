@@ -107,8 +107,7 @@ class Tokenizer:
             return self.encode_text(text)
         parts = self.special_regex.split(text)  # text and special tokens by turns
         tokens = [self.encode_text(part) for part in parts]
-        for i in range(1, len(parts), 2):
-            tokens[i] = np.array([self.special_ids[parts[i]]], np.uint32)
+        tokens[1::2] = [np.array([self.special_ids[part]], np.uint32) for part in parts[1::2]]
         return np.concatenate(tokens)
 
     def encode_text(self, text: str) -> np.ndarray:
@@ -120,10 +119,6 @@ class Tokenizer:
             parts += [encode(text[start:begin]), np.array(piece, np.uint32)]
             start = end
         return np.concatenate([*parts, encode(text[start:])])
-
-    def count_special(self, text: str) -> Counter:
-        """How often `text` contains the characters of each special token."""
-        return Counter(self.special_regex.findall(text))
 
     def encode_document(self, text: str) -> np.ndarray:
         """The tokens of a document, uint32: end-of-text, then those of its text."""
