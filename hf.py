@@ -56,6 +56,7 @@ FIXED = {  # what config.json says of every supported model
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
+        "quantization_config": None,
     },
     "qwen3": {
         "architectures": ["Qwen3ForCausalLM"],
@@ -64,8 +65,11 @@ FIXED = {  # what config.json says of every supported model
         "attention_bias": False,
         "use_sliding_window": False,
         "rope_scaling": None,
+        "quantization_config": None,
     },
 }
+EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
+MASKS = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"  # in older files of GPT-2, not weights
 
 
 def is_complete(folder: Path) -> bool:
@@ -78,7 +82,9 @@ def weight_files(folder: Path) -> list[Path]:
     path = folder / "model.safetensors"
     if path.exists() or not (folder / INDEX).exists():
         return [path]
-    weight_map = files.read_json(folder / INDEX).get("weight_map", {})
+    weight_map = files.read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise Failure(f"{folder / INDEX} has no object weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:  # a path could lead out of the folder
         if not re.fullmatch(r"[^/\\]+\.safetensors", name):
@@ -96,12 +102,13 @@ def load(folder: Path, dropout: float = 0.0) -> GPT:
     model = GPT(read_config(folder, dropout))
     for table in (model.wte, model.lm_head):
         table.weight[model.config.vocab_size :] = 0  # the padding, which no file has
-    missing = hf_layout(model)
+    weights = hf_layout(model)
+    missing = set(weights)
     for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
-                    fill(missing, name, file, path)
+                    fill(weights, missing, name, file, path)
         except safetensors.SafetensorError as error:
             raise Failure(f"{path} is damaged: {error}") from None
     if missing:
@@ -122,6 +129,8 @@ def save(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.
     }
     if config.arch == "qwen3":
         shape |= {"rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings}
+    else:  # transformers' own default is 0.1
+        shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     kind = {"model_type": config.arch, "torch_dtype": str(dtype).removeprefix("torch.")}
     weights = hf_layout(model)
     if config.arch == "gpt2" and not config.bias:
@@ -142,18 +151,20 @@ def read_config(folder: Path, dropout: float) -> GPTConfig:
     """The shape in a folder's config.json. Raises Failure for another architecture."""
     path = folder / "config.json"
     content = files.read_json(path)
-    arch = str(content.get("model_type", "gpt2"))
-    if arch not in FIXED:
-        raise Failure(f"{path}: model_type {arch!r} is not supported, only {' and '.join(FIXED)}")
+    arch = content.get("model_type")
+    if arch not in list(FIXED):
+        raise Failure(f"{path}: model_type {arch!r:.99} is not supported, only gpt2 and qwen3")
     for name, value in FIXED[arch].items():
         if name != "architectures" and content.get(name, value) != value:
-            raise Failure(f"{path}: {name} {content[name]!r} is not supported, only {value!r}")
+            raise Failure(f"{path}: {name} {content[name]!r:.99} is not supported, only {value!r}")
     shape = {name: content.get(theirs) for name, theirs in SHAPE_NAMES[arch].items()}
     if not all(type(value) is int and value > 0 for value in shape.values()):
-        raise Failure(f"{path}: sizes must be whole numbers above 0, not {shape}")
+        raise Failure(f"{path}: sizes must be whole numbers above 0, not {shape!s:.300}")
     if arch == "qwen3":
         shape["rope_theta"] = read_rope_theta(content, path)
-        shape["tie_embeddings"] = content.get("tie_word_embeddings", False)
+        shape["tie_embeddings"] = content.get("tie_word_embeddings", False) is True
+        if content.get("layer_types") not in (None, ["full_attention"] * shape["n_layer"]):
+            raise Failure(f"{path}: layer_types other than full_attention are not supported")
     try:
         return GPTConfig(arch=arch, dropout=dropout, **shape)
     except ValueError as error:
@@ -163,10 +174,10 @@ def read_config(folder: Path, dropout: float) -> GPTConfig:
 def read_rope_theta(content: dict, path: Path) -> float:
     """Return RoPE's base, from where transformers 5 or earlier versions write it."""
     rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta")}
-    theta = rope.get("rope_theta")
-    is_default = {"rope_type": "default"} | rope == {"rope_type": "default", "rope_theta": theta}
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    is_default = rope in ({"rope_theta": theta}, {"rope_theta": theta, "rope_type": "default"})
     if not is_default or type(theta) not in (int, float):
-        raise Failure(f"{path}: RoPE {rope} is not supported, only rope_theta without scaling")
+        raise Failure(f"{path}: RoPE {rope!r:.99} is not supported, only a plain rope_theta")
     return theta
 
 
@@ -190,20 +201,27 @@ def qwen3_name(name: str) -> str:
     return f"{f'model.layers.{layer}.' if layer else ''}{QWEN3_NAMES[part]}.weight"
 
 
-def fill(missing: dict[str, torch.Tensor], name: str, file, path: Path):
+def fill(weights: dict, missing: set[str], name: str, file, path: Path):
     """Copy a tensor of a file into the weight of that name, and remove the name from `missing`.
 
-    Skips what a model has not: older files hold attention masks (attn.bias), or a tied head.
+    Raises Failure where the model has no such weight, or has got another tensor for it before.
     """
-    ours = name if name in missing else f"transformer.{name}"  # older GPT-2 files have no prefix
-    if ours not in missing:
+    names = [name, f"transformer.{name}"]  # older GPT-2 files have no prefix
+    names += EMBEDDINGS if name == "lm_head.weight" else ()  # a tied head has either name, or both
+    ours = next((known for known in names if known in weights), None)
+    if not ours and re.fullmatch(MASKS, name):
         return
-    tensor, weight = file.get_tensor(name), missing.pop(ours)
+    if not ours:
+        raise Failure(f"{path}: {name} is no weight of the model that config.json describes")
+    tensor, weight = file.get_tensor(name), weights[ours]
     if tensor.shape != weight.shape:
         raise Failure(f"{path}: {name} has shape {[*tensor.shape]}, the model {[*weight.shape]}")
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Failure(f"{path}: {name} is {tensor.dtype}; float32, bfloat16, float16 are supported")
+    if ours not in missing and not torch.equal(weight, tensor.float()):
+        raise Failure(f"{path}: {ours} is stored twice, as two tensors; one is named {name}")
     weight.copy_(tensor)
+    missing.discard(ours)
 
 
 def require_safetensors():

@@ -12,6 +12,7 @@ the number of processes.
 
 import gzip
 import hashlib
+import json
 import lzma
 import os
 import shlex
@@ -58,6 +59,7 @@ class PrepareConfig:
     on_error: str = "stop"  # at a file, line or bytes that cannot be read: stop, or skip and count
     tokenizer: str = ""  # gpt2 (default), bytes, bpe:N (trained here), .tiktoken file, HF model
     split_pattern: str = ""  # how bpe:N or a .tiktoken file splits text: gpt2, gpt4 or qwen
+    special_tokens: str = "text"  # where text contains one: text = its characters, keep = its id
     val_fraction: float = 0.0  # share of documents for validation; 0 = 0.1, or the dataset's own
     clean: str = "basic"  # none, basic (NFC, line ends, no control characters), web (and rules)
     web_off: str = "unfinished_lines"  # rules of clean=web to leave out, separated by commas
@@ -94,6 +96,7 @@ class PrepareConfig:
         config.check_choices(self, on_error="stop skip", clean="none basic web")
         config.check_choices(self, format="text lines jsonl csv tsv parquet")
         config.check_choices(self, dedupe="none exact near", split_pattern=" ".join(PATTERNS))
+        config.check_choices(self, special_tokens="text keep")
         config.check_bounds(self, 0, "processes")
         separator = self.separator.replace("\\n", "\n")
         if separator.isspace() and separator != "\n\n":
@@ -257,6 +260,7 @@ def build(settings: PrepareConfig, work: Path) -> dict:
         kept = deduplicate(settings, corpus)
         splits, is_cut = corpus.split(kept, settings.val_fraction)
         tokenizer = tokenizer or new_tokenizer(settings, corpus, splits["train"])
+        tokenizer = replace(tokenizer, special_tokens=settings.special_tokens)
         entries = write_shards(settings, corpus, splits, tokenizer, work / "dataset")
         overlap = measure_overlap(corpus, splits, work)
     entries["val"]["compressed_bits_per_byte"] = compress(corpus, splits["val"])
@@ -403,7 +407,11 @@ def new_tokenizer(settings: PrepareConfig, corpus: Corpus, spans: np.ndarray) ->
     for part in corpus.map(partial(count_pieces, pattern=pattern), spans, "bytes split"):
         counts.update(part)
     print(f"training a tokenizer of {vocab_size:,} entries on {len(counts):,} pieces", flush=True)
-    return Tokenizer.from_tokens(train_bpe(counts, vocab_size), settings.tokenizer, pattern)
+    tokens = train_bpe(counts, vocab_size)
+    if len(tokens) + 1 < vocab_size:
+        reached = f"{len(tokens) + 1:,} entries, not {vocab_size:,}"
+        print(f"the tokenizer has only {reached}: no pair of tokens is left to merge", flush=True)
+    return Tokenizer.from_tokens(tokens, settings.tokenizer, pattern)
 
 
 def write_shards(settings, corpus: Corpus, splits: dict, tokenizer: Tokenizer, folder: Path):
@@ -411,31 +419,35 @@ def write_shards(settings, corpus: Corpus, splits: dict, tokenizer: Tokenizer, f
     path, entries = folder / "tokenizer.tiktoken", {}
     path.write_text(tokenizer.to_text(), "ascii", newline="")
     token_bytes = np.array([len(tokenizer.token_bytes(n)) for n in range(tokenizer.vocab_size)])
-    tokenize = partial(tokenize_texts, path, tuple(tokenizer.record().items()))
+    tokenize = partial(tokenize_texts, path, json.dumps(tokenizer.record()))
     for split, spans in splits.items():
         prefix, sizes = f"{settings.name}_{split}", (settings.shard_tokens, tokenizer.vocab_size)
-        text_bytes = 0  # of what the tokens stand for: a tokenizer can normalise the text
+        text_bytes, special = 0, Counter()  # bytes of what tokens stand for: text is normalised
         with ShardWriter(folder, prefix, *sizes) as writer:
-            for tokens in corpus.map(tokenize, spans, f"bytes of {split} tokenised"):
+            for tokens, found in corpus.map(tokenize, spans, f"bytes of {split} tokenised"):
                 writer.add(tokens)
                 text_bytes += int(token_bytes[tokens].sum())
+                special += found
             shards = writer.finish()
         tokens = sum(shard["tokens"] for shard in shards)
         counts = {"documents": len(spans), "bytes": text_bytes, "tokens": tokens}
-        entries[split] = counts | {"shards": shards}
+        entries[split] = counts | {"special_tokens": dict(special), "shards": shards}
     return entries
 
 
-def tokenize_texts(path: Path, record: tuple, texts: Iterable[str]) -> np.ndarray:
-    """The tokens of documents, uint32, an end-of-text before each."""
-    tokenizer = cached_tokenizer(path, record)
-    return np.concatenate([tokenizer.encode_document(text) for text in texts])
+def tokenize_texts(path: Path, record: str, texts: Iterable[str]) -> tuple[np.ndarray, Counter]:
+    """The tokens of documents, uint32, an end-of-text before each; special tokens in the texts."""
+    tokenizer, tokens, special = cached_tokenizer(path, record), [], Counter()
+    for text in texts:
+        tokens.append(tokenizer.encode_document(text))
+        special.update(tokenizer.special_regex.findall(text))
+    return np.concatenate(tokens), special
 
 
 @lru_cache(maxsize=1)
-def cached_tokenizer(path: Path, record: tuple) -> Tokenizer:
-    """A dataset's tokenizer, read once per worker."""
-    return Tokenizer.from_record(dict(record), path.read_text(encoding="ascii"))
+def cached_tokenizer(path: Path, record: str) -> Tokenizer:
+    """A dataset's tokenizer, read once per worker. record: its record as JSON."""
+    return Tokenizer.from_record(json.loads(record), path.read_text(encoding="ascii"))
 
 
 def measure_overlap(corpus: Corpus, splits: dict, work: Path) -> float:
@@ -466,8 +478,10 @@ def merge(settings: PrepareConfig, work: Path) -> dict:
     manifests = [read_manifest(path) for path in paths]
     tokenizers = [read_tokenizer(p, manifest["tokenizer"]) for p, manifest in zip(paths, manifests)]
     for path, tokenizer in zip(paths, tokenizers):
-        if not tokenizer.same_ids(tokenizers[0]):
-            raise Failure(f"--merge: {path} and {paths[0]} have different tokenizers")
+        is_same = tokenizer.special_tokens == tokenizers[0].special_tokens
+        if not is_same or not tokenizer.same_ids(tokenizers[0]):
+            names = "tokenizers or --special_tokens"
+            raise Failure(f"--merge: {path} and {paths[0]} have different {names}")
     folder, entries = work / "dataset", {}
     link_or_copy(paths[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     for split in SPLITS:

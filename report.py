@@ -1,6 +1,7 @@
 """The report on a dataset: the numbers of its manifest as a page, and in a line for the screen."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import files
@@ -20,10 +21,13 @@ def summary(manifest: dict) -> str:
     text_bytes = train["bytes"] + val["bytes"]
     ratio = text_bytes / (train["tokens"] + val["tokens"])
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in documents["dropped"].items())
+    special = special_tokens(manifest)
     return (
         f"{documents['kept']:,} of {documents['in']:,} documents, {text_bytes / 1e6:.1f} MB, "
         f"{ratio:.2f} bytes per token: {train['tokens']:,} training tokens and {val['tokens']:,} "
-        f"for validation" + (f"\ndropped: {dropped}" if dropped else "")
+        f"for validation"
+        + (f"\ndropped: {dropped}" if dropped else "")
+        + (f"\n{special}" if special else "")
     )
 
 
@@ -43,6 +47,7 @@ def report_page(manifest: dict, examples: dict) -> str:
     if "validation_overlap" in manifest:
         share = f"{manifest['validation_overlap']:.2%} of the {CONTAMINATION_WORDS}-grams"
         lines.append(f"Of the first MB of validation text, {share} are in the training text, too.")
+    lines += filter(None, [special_tokens(manifest)])
     for reason, shown in examples.items():
         lines += ["", f"## dropped: {reason}", ""]
         for where, text in shown:
@@ -50,6 +55,15 @@ def report_page(manifest: dict, examples: dict) -> str:
             lines.append(f"- `{where}`" + (f": `{quoted}`" if quoted else ""))
     made_from = json.dumps(manifest["made_from"], indent=2)
     return "\n".join([*lines, "", "Made with:", "", "```json", made_from, "```"]) + "\n"
+
+
+def special_tokens(manifest: dict) -> str:
+    """How often the text contains which special tokens, and what became of them, or ""."""
+    counts = (Counter(entry.get("special_tokens")) for entry in manifest["splits"].values())
+    names = [f"{n:,} `{name}`" for name, n in sum(counts, Counter()).most_common()]
+    is_kept = manifest["tokenizer"]["special_tokens"] == "keep"
+    outcome = "special tokens" if is_kept else "plain text; --special_tokens=keep keeps them"
+    return f"In the text {', '.join(names)} became {outcome}." if names else ""
 
 
 def table_rows(manifest: dict) -> list[tuple[str, int, int]]:

@@ -2,17 +2,19 @@
 
 A tokenizer is a table of byte strings with their ids, and a pattern that splits text into pieces
 which no merge crosses. Of the pairs that can merge, the one that makes the token with the lowest id
-merges first. Each document is prefixed with END_OF_TEXT; text that contains these characters never
-becomes that token.
+merges first. Each document is prefixed with END_OF_TEXT. Text that contains these characters, or
+those of another special token, becomes that token only if the tokenizer is told to keep them.
 """
 
 import base64
 import hashlib
 import heapq
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -35,7 +37,7 @@ PATTERNS = {
 }
 BYTES = [bytes([byte]) for byte in range(256)]
 STRETCH = 100_000  # characters; tiktoken's regex engine fails on a million of white space
-MAX_PIECE = 1000  # characters; longer pieces are not words, and slow to merge
+MAX_PIECE = 1000  # characters; longer pieces are counted in stretches, as they are slow to merge
 
 
 @dataclass(eq=False)
@@ -46,17 +48,30 @@ class Tokenizer:
     pattern: str  # a key of PATTERNS
     ids: dict[bytes, int]  # in the order of ids, which may have gaps
     end_of_text: int
+    added_tokens: dict[str, int] = field(default_factory=dict)  # special ones besides END_OF_TEXT
+    special_tokens: str = "text"  # where text contains one: "text" = characters, "keep" = its id
 
     def __post_init__(self):
         if self.pattern not in PATTERNS:
             raise Failure(f"{self.name}: pattern {self.pattern!r} is none of {', '.join(PATTERNS)}")
         self.ids = dict(sorted(self.ids.items(), key=lambda entry: entry[1]))
-        self.bytes_of = {number: token for token, number in self.ids.items()}
-        numbers = {*self.bytes_of, self.end_of_text}
-        if not set(BYTES) <= self.ids.keys() or len(numbers) <= len(self.ids):
-            raise Failure(f"{self.name}: a tokenizer holds each of the 256 bytes, and no id twice")
-        if min(numbers) < 0 or max(numbers) >= 2**31:
-            raise Failure(f"{self.name}: ids must be from 0 to 2147483647")
+        self.special_ids = dict(self.added_tokens)  # with end-of-text, which can be one of these
+        if self.end_of_text not in self.special_ids.values():
+            self.special_ids[END_OF_TEXT] = self.end_of_text
+        numbers = [*self.ids.values(), *self.special_ids.values()]
+        if not set(BYTES) <= self.ids.keys():
+            raise Failure(f"{self.name}: a tokenizer holds each of the 256 bytes")
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+            raise Failure(f"{self.name}: ids must be whole numbers from 0 to 2147483647")
+        number, count = Counter(numbers).most_common(1)[0]
+        if count > 1:
+            raise Failure(f"{self.name}: {count} tokens have the id {number}")
+        self.vocab_size = max(numbers) + 1
+        self.bytes_of = {number: token.encode() for token, number in self.special_ids.items()}
+        self.bytes_of |= {number: token for token, number in self.ids.items()}
+        self.bytes_of[self.end_of_text] = b""
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self.special_regex = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         ends, pattern = {END_OF_TEXT: self.end_of_text}, PATTERNS[self.pattern]
         self.encoding = tiktoken.Encoding(
             self.name, pat_str=pattern, mergeable_ranks=self.ids, special_tokens=ends
@@ -83,24 +98,27 @@ class Tokenizer:
     @classmethod
     def from_record(cls, record: dict, text: str) -> "Tokenizer":
         """The tokenizer that `record` describes and whose `to_text` is `text`."""
-        return cls.from_text(text, record["name"], pattern_of(record))
-
-    @property
-    def vocab_size(self) -> int:
-        """The highest id + 1."""
-        return self.encoding.n_vocab
+        fields = {key: record[key] for key in ("added_tokens", "special_tokens") if key in record}
+        return replace(cls.from_text(text, record["name"], pattern_of(record)), **fields)
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of `text`, uint32; no characters in it become a special token.
+        """The tokens of `text`, uint32."""
+        if self.special_tokens == "text":
+            return self.encode_text(text)
+        parts = self.special_regex.split(text)  # text and special tokens by turns
+        tokens = [self.encode_text(part) for part in parts]
+        tokens[1::2] = [np.array([self.special_ids[part]], np.uint32) for part in parts[1::2]]
+        return np.concatenate(tokens)
 
-        A text with a whole STRETCH of white space is cut into stretches, where tokens can differ.
-        """
-        text = normalize(text, self.pattern)
-        stretches = [text[start : start + STRETCH] for start in range(0, len(text), STRETCH)]
-        if not any(stretch.isspace() for stretch in stretches[:-1]):
-            stretches = [text]
-        encode = self.encoding.encode_to_numpy
-        return np.concatenate([encode(stretch, disallowed_special=()) for stretch in stretches])
+    def encode_text(self, text: str) -> np.ndarray:
+        """The tokens of `text`, uint32; no characters in it become a special token."""
+        text, parts, start = normalize(text, self.pattern), [], 0
+        encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
+        for begin, end in long_spaces(text, self.pattern):
+            piece = self.encoding._encode_single_piece(text[begin:end].encode())
+            parts += [encode(text[start:begin]), np.array(piece, np.uint32)]
+            start = end
+        return np.concatenate([*parts, encode(text[start:])])
 
     def encode_document(self, text: str) -> np.ndarray:
         """The tokens of a document, uint32: end-of-text, then those of its text."""
@@ -119,17 +137,19 @@ class Tokenizer:
         End-of-text has a line only if its id is not the one after the last.
         """
         lines = [f"{base64.b64encode(token).decode()} {n}\n" for token, n in self.ids.items()]
-        if not self.end_of_text == len(self.ids) == max(self.bytes_of) + 1:
+        if not self.end_of_text == len(self.ids) == max(self.ids.values()) + 1:
             lines.append(f"{END_OF_TEXT} {self.end_of_text}\n")
         return "".join(lines)
 
     def same_ids(self, other: "Tokenizer") -> bool:
-        """Whether both have the same table, pattern and end-of-text."""
-        return (self.to_text(), self.pattern) == (other.to_text(), other.pattern)
+        """Whether both have the same tokens, pattern and end-of-text."""
+        mine = self.to_text(), self.pattern, self.added_tokens
+        return mine == (other.to_text(), other.pattern, other.added_tokens)
 
     def record(self) -> dict:
         """What a manifest says about this tokenizer."""
         record = {"name": self.name, "pattern": self.pattern, "vocab_size": self.vocab_size}
+        record |= {"added_tokens": self.added_tokens, "special_tokens": self.special_tokens}
         return record | {"sha256": hashlib.sha256(self.to_text().encode()).hexdigest()}
 
 
@@ -142,12 +162,28 @@ def pattern_of(record: dict) -> str:
     return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))
 
 
+def long_spaces(text: str, pattern: str) -> list[tuple[int, int]]:
+    """Begin and end of the pieces of white space that could fail in tiktoken's regex engine.
+
+    Twice STRETCH of white space always holds a whole stretch. Another text is not split here.
+    """
+    stretches = (text[start : start + STRETCH] for start in range(0, len(text), STRETCH))
+    if not any(stretch.isspace() for stretch in stretches):
+        return []
+    pieces = regex.finditer(PATTERNS[pattern], text)
+    long = [piece.span() for piece in pieces if len(piece[0]) >= STRETCH]
+    return [span for span in long if regex.fullmatch(r"\s+", text, pos=span[0], endpos=span[1])]
+
+
 def count_pieces(texts: Iterable[str], pattern: str) -> Counter:
-    """Count the pieces, in UTF-8, into which the pattern splits texts; very long ones left out."""
-    split, counts = regex.compile(PATTERNS[pattern]), Counter()
+    """Count the pieces, in UTF-8, into which the pattern splits texts, cut to MAX_PIECE."""
+    split, counts, stretches = regex.compile(PATTERNS[pattern]), Counter(), Counter()
     for text in texts:
         counts.update(split.findall(normalize(text, pattern)))
-    return Counter({piece.encode(): n for piece, n in counts.items() if len(piece) <= MAX_PIECE})
+    for piece, n in counts.items():
+        for start in range(0, len(piece), MAX_PIECE):
+            stretches[piece[start : start + MAX_PIECE].encode()] += n
+    return stretches
 
 
 def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:

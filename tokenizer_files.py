@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -12,8 +13,15 @@ from tokenizer import BYTES, END_OF_TEXT, PATTERNS, Tokenizer, pattern_of
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_BYTES = 835_554
+CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+KNOWN_FILES = {  # OpenAI's, by their SHA-256: what they do not say
+    GPT2_SHA256: {"pattern": "gpt2"},
+    CL100K_SHA256: {"pattern": "gpt4", "end_of_text": 100257},
+}
 HF_FILES = ["tokenizer.json", "tokenizer_config.json"]
 NORMALIZERS = {"qwen": {"type": "NFC"}}  # of a tokenizer.json with this pattern
+# the patterns of transformers' classes, and of the models that have these where no class is named
+CLASSES = {"GPT2Tokenizer": "gpt2", "gpt2": "gpt2", "Qwen2Tokenizer": "qwen", "qwen3": "qwen"}
 # what its "model" must not have, as it would give other ids
 OFF = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 
@@ -47,7 +55,9 @@ def load_tokenizer(name: str, pattern: str, downloads: Path) -> Tokenizer:
     if not path.is_file():
         raise Failure(f"tokenizer {name}: there is no file {path}")
     text = path.read_text(encoding="ascii", errors="replace")
-    return Tokenizer.from_text(text, name, choose_pattern(name, known_pattern(path), pattern))
+    known = known_fields(path)
+    pattern = choose_pattern(name, known.get("pattern", ""), pattern)
+    return replace(Tokenizer.from_text(text, name, pattern), **known)
 
 
 def choose_pattern(name: str, known: str, given: str) -> str:
@@ -59,13 +69,13 @@ def choose_pattern(name: str, known: str, given: str) -> str:
     return known or given
 
 
-def known_pattern(path: Path) -> str:
-    """How a .tiktoken file splits text, from its dataset's manifest or its hash, or ""."""
+def known_fields(path: Path) -> dict:
+    """The fields of a Tokenizer that its .tiktoken file lacks, from a manifest or by its hash."""
     sha256 = files.sha256_of(path)
-    if sha256 == GPT2_SHA256:
-        return "gpt2"
-    record = read_optional(path.with_name("manifest.json")).get("tokenizer", {})
-    return pattern_of(record) if record.get("sha256") == sha256 else ""
+    record = read_optional(path.with_name("manifest.json")).get("tokenizer")
+    if isinstance(record, dict) and record.get("sha256") == sha256:
+        return {"pattern": pattern_of(record), "added_tokens": record.get("added_tokens", {})}
+    return KNOWN_FILES.get(sha256, {})
 
 
 def has_hf_tokenizer(folder: Path) -> bool:
@@ -75,26 +85,44 @@ def has_hf_tokenizer(folder: Path) -> bool:
 def load_hf_tokenizer(folder: Path, name: str) -> Tokenizer:
     """The byte-level BPE tokenizer in a Hugging Face folder, with the same ids.
 
-    Its end-of-sequence token is our end-of-text; text never becomes another special token. Raises
-    Failure if ids could differ: another algorithm, pattern or normalizer, merges out of order.
+    Its end-of-sequence token is our end-of-text. Raises Failure if ids could differ: another
+    algorithm, pattern or normalizer, merges out of order, tokens in only one of its files.
     """
     if not has_hf_tokenizer(folder):
         raise Failure(f"{folder} has no tokenizer.json; transformers' save_pretrained writes it")
     try:
-        settings = read_optional(folder / "tokenizer_config.json")
-        if settings.get("add_prefix_space"):
-            raise Failure(f"{folder}: add_prefix_space, a space before each text, is not supported")
-        eos = settings.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
         vocab, merges, added, pattern = read_hf(folder)
-        ids = merged_ids(vocab, merges, {END_OF_TEXT, eos, *added}, folder)
         numbers, config = vocab | added, read_optional(folder / "config.json")
+        eos, named = read_settings(folder, pattern, config.get("model_type"))
+        if missing := named - numbers.keys():
+            raise Failure(
+                f"{folder}: tokenizer.json lacks {min(missing)!r:.100} of the other files"
+            )
         end_of_text = numbers.get(eos, numbers.get(END_OF_TEXT, config.get("eos_token_id")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Failure(f"{folder}: its tokenizer is damaged or of another kind: {error!r}") from None
-    if type(end_of_text) is not int:
-        raise Failure(f"{folder}: neither an eos_token nor {END_OF_TEXT} has an id")
-    return Tokenizer(name, pattern, ids, end_of_text)
+        if type(end_of_text) is not int:
+            raise Failure(f"{folder}: neither an eos_token nor {END_OF_TEXT} has an id")
+        added |= {eos: end_of_text} if eos else {}
+        if added.get(END_OF_TEXT) == end_of_text:
+            del added[END_OF_TEXT]
+        ids = merged_ids(vocab, merges, {END_OF_TEXT, *added}, folder)
+        return Tokenizer(name, pattern, ids, end_of_text, added)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"its tokenizer is damaged or of another kind: {error!r:.200}"
+        raise Failure(f"{folder}: {problem}") from None
+
+
+def read_settings(folder: Path, pattern: str, model_type) -> tuple[str | None, set[str]]:
+    """The eos_token in a folder's tokenizer_config.json, and all the tokens that it names."""
+    settings = read_optional(folder / "tokenizer_config.json")
+    if settings.get("add_prefix_space"):
+        raise Failure(f"{folder}: add_prefix_space, a space before each text, is not supported")
+    kind = str(settings.get("tokenizer_class") or model_type)  # transformers 5 splits text by it
+    if CLASSES.get(kind.removesuffix("Fast"), pattern) != pattern:
+        raise Failure(f"{folder}: tokenizer.json splits text as {pattern}, not as {kind:.100}")
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
+    tokens |= settings.get("added_tokens_decoder", {})
+    names = {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
+    return names.get("eos_token"), {name for name in names.values() if isinstance(name, str)}
 
 
 def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
@@ -105,11 +133,13 @@ def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
     supported = {"type": "BPE", "normalizer": NORMALIZERS.get(pattern)} | dict.fromkeys(OFF)
     for name, value in supported.items():
         if (settings.get(name) or None) != value:
-            raise Failure(f"{folder}: a tokenizer of {name} {settings[name]!r} is not supported")
+            raise Failure(
+                f"{folder}: a tokenizer of {name} {settings[name]!r:.99} is not supported"
+            )
     added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
     for token in file.get("added_tokens", []):
-        if not token["special"] and not re.fullmatch(r"<.+>", token["content"]):
-            raise Failure(f"{folder}: text can become the added token {token['content']!r}")
+        if not token["content"] or any(map(token.get, ("single_word", "lstrip", "rstrip"))):
+            raise Failure(f"{folder}: an added token like {token!s:.150} is not supported")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return model["vocab"], merges, added, pattern
 
@@ -123,7 +153,9 @@ def pattern_in(pre_tokenizer: dict, folder: Path) -> str:
     for pattern in PATTERNS:
         if (splits, uses_regex) == (split_steps(pattern), pattern == "gpt2"):
             return pattern
-    raise Failure(f"{folder}: it splits text by none of {', '.join(PATTERNS)}, but by {splits}")
+    raise Failure(
+        f"{folder}: it splits text by none of {', '.join(PATTERNS)}, but by {splits!s:.200}"
+    )
 
 
 def split_steps(pattern: str) -> list[dict]:
@@ -143,7 +175,9 @@ def merged_ids(vocab: dict, merges: list, special: set[str], folder: Path) -> di
     characters = byte_characters()
     made = {*characters} | {left + right for left, right in merges}
     if others := vocab.keys() - made - special:
-        raise Failure(f"{folder}: entry {min(others)!r} is neither byte, nor merged, nor special")
+        raise Failure(
+            f"{folder}: entry {min(others)!r:.100} is neither byte, nor merged, nor special"
+        )
     ids = {bytes(characters[c] for c in entry): vocab[entry] for entry in made}
     for merge, implied in zip_longest(merges, implied_merges(ids)):
         if [bytes(characters[c] for c in part) for part in merge] != implied:
@@ -173,28 +207,48 @@ def last_merge(token: bytes, ids: dict[bytes, int]) -> list[bytes]:
 def save_hf_tokenizer(tokenizer: Tokenizer, folder: Path):
     """Write tokenizer.json and tokenizer_config.json, with which transformers makes the same ids.
 
-    There, text that holds <|endoftext|> needs tokenizer(text, split_special_tokens=True).
+    There as here a text is prefixed with end-of-text, and special tokens in it are kept or not.
     """
-    characters = {byte: character for character, byte in byte_characters().items()}
-    spelled = {token: "".join(characters[byte] for byte in token) for token in tokenizer.ids}
-    vocab = {spelled[token]: number for token, number in tokenizer.ids.items()}
-    merges = implied_merges(tokenizer.ids)
-    if any(len(merge) > 2 for merge in merges) or END_OF_TEXT in vocab:
-        raise Failure(f"{tokenizer.name} cannot be written as the merges of a tokenizer.json")
-    end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "special": True}
+    vocab, merges = spelled_vocab(tokenizer)
+    names = {number: name for name, number in tokenizer.special_ids.items()}
+    end = names[tokenizer.end_of_text]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": number, "content": names[number], "special": True} for number in sorted(names)]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     level["use_regex"] = tokenizer.pattern == "gpt2"
     steps = [*split_steps(tokenizer.pattern), level]
-    content = {"version": "1.0", "added_tokens": [end | flags], "decoder": level}
+    content = {"version": "1.0", "added_tokens": [token | flags for token in added]}
     content["normalizer"] = NORMALIZERS.get(tokenizer.pattern)
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    content["model"] = {"type": "BPE", "vocab": vocab | {END_OF_TEXT: tokenizer.end_of_text}}
-    content["model"]["merges"] = [" ".join(spelled[part] for part in merge) for merge in merges]
+    content["post_processor"] = prefix_step(end, tokenizer.end_of_text)
+    content["decoder"] = level
+    content["model"] = {"type": "BPE", "vocab": vocab | tokenizer.special_ids, "merges": merges}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {"bos_token": end, "eos_token": end}
+    settings["split_special_tokens"] = tokenizer.special_tokens == "text"
     files.write_json(folder / "tokenizer.json", content)
-    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    files.write_json(folder / "tokenizer_config.json", settings | ends)
+    files.write_json(folder / "tokenizer_config.json", settings)
+
+
+def spelled_vocab(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]]:
+    """The vocabulary and the merges of a tokenizer.json. Raises Failure."""
+    characters = {byte: character for character, byte in byte_characters().items()}
+    spelled = {token: "".join(characters[byte] for byte in token) for token in tokenizer.ids}
+    merges = implied_merges(tokenizer.ids)
+    is_special = tokenizer.special_ids.keys() & spelled.values()
+    if is_special or any(len(merge) > 2 for merge in merges):
+        raise Failure(f"{tokenizer.name} cannot be written as the merges of a tokenizer.json")
+    vocab = {spelled[token]: number for token, number in tokenizer.ids.items()}
+    return vocab, [" ".join(spelled[part] for part in merge) for merge in merges]
+
+
+def prefix_step(end: str, end_of_text: int) -> dict:
+    """The step of a tokenizer.json that prefixes a text, or each of two, with end-of-text."""
+    prefix = {"SpecialToken": {"id": end, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    step = {"type": "TemplateProcessing", "single": [prefix, first]}
+    step["pair"] = [prefix, first, prefix, second]
+    return step | {"special_tokens": {end: {"id": end, "ids": [end_of_text], "tokens": [end]}}}
 
 
 def byte_characters() -> dict[str, int]:

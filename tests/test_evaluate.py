@@ -119,7 +119,7 @@ def test_transformers_scores_an_export_the_same(trained, text_file, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = text_file.read_text()[:100]
     (tmp_path / "x.txt").write_text(text)
-    tokens = np.array([tokenizer.bos_token_id, *tokenizer(text).input_ids])
+    tokens = np.array(tokenizer(text).input_ids)
     nats = nats_alone(lambda x: theirs(x).logits, tokens, 32, 16)
     model = f"--checkpoint={tmp_path / 'hf'}"
     result = evaluated(trained, tmp_path / "x.txt", model, "--json=True")[1]

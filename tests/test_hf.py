@@ -75,13 +75,22 @@ def test_split_files_load_in_any_type_with_and_without_prefix(tmp_path, dtype, p
     hf.save(ours, tmp_path, 96)
     ignored = {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24)}  # in older files
     ignored |= {"transformer.h.0.attn.masked_bias": torch.ones(())}
-    ignored |= {"lm_head.weight": torch.ones(97, 32)}
+    ignored |= {"lm_head.weight": ours.wte.weight[:97].detach().clone()}  # the tied head
     split(tmp_path, lambda name: name.replace("transformer.", prefix), dtype, ignored)
     wanted = dict(ours.named_parameters())
     for name, weight in hf.load(tmp_path).named_parameters():
         rows = 97 if name == "wte.weight" else None
         assert weight.dtype == torch.float32
         assert torch.equal(weight[:rows], wanted[name][:rows].to(dtype).float()), name
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "tied"])
+def test_a_tied_head_has_either_name(tmp_path, shape):
+    """As safetensors' save_model writes it, which keeps one of the two names."""
+    ours = make_model(**SHAPES[shape])
+    hf.save(ours, tmp_path, 96)
+    split(tmp_path, lambda name: "lm_head.weight" if name in hf.EMBEDDINGS else name)
+    assert torch.equal(hf.load(tmp_path).wte.weight[:97], ours.wte.weight[:97])
 
 
 @shapes
@@ -107,6 +116,7 @@ def test_an_export_in_bf16_says_so(tmp_path):
     hf.save(ours, tmp_path, 5, torch.bfloat16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.dtype == torch.bfloat16
+    assert not any(value for name, value in vars(theirs.config).items() if name.endswith("_pdrop"))
     assert theirs.generation_config.eos_token_id == theirs.config.bos_token_id == 5
     assert torch.equal(theirs.transformer.wte.weight, ours.wte.weight[:97].bfloat16())
 
@@ -122,7 +132,11 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path):
 YARN = {"rope_type": "yarn", "factor": 4.0}
 CHANGES = [
     ({"model_type": "llama"}, "model_type 'llama' is not supported, only gpt2 and qwen3"),
-    ({"model_type": []}, "model_type"),
+    ({"model_type": []}, r"model_type \[\] is not supported"),
+    ({"model_type": None}, "model_type None is not supported"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config {'quant_method"),
+    ({"rope_parameters": 3}, "RoPE 3 is not supported"),
     ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05 is not supported"),
     ({"rope_scaling": YARN}, "rope_scaling {'rope_type': 'yarn"),
     ({"rope_parameters": YARN | {"rope_theta": 1e6}}, "RoPE .*yarn"),
@@ -155,7 +169,14 @@ def test_a_folder_that_is_damaged_is_refused(tmp_path):
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     name = "transformer.h.1.ln_1.weight"
+    head = {"lm_head.weight": torch.ones(97, 32)}
     for changes, message in (
+        (
+            dict(extra={"transformer.h.2.ln_1.weight": torch.ones(32)}),
+            r"h.2.ln_1.weight is no weight",
+        ),
+        (dict(extra={"score.weight": torch.ones(32)}), "score.weight is no weight of the model"),
+        (dict(extra=head), "transformer.wte.weight is stored twice, as two tensors"),
         (dict(without=[name]), f"lacks 1 of .*: {name}"),
         (dict(extra={name: torch.ones(33)}), r"has shape \[33\], the model \[32\]"),
         (dict(dtype=torch.int8), "is torch.int8; float32, bfloat16, float16 are supported"),
@@ -175,3 +196,5 @@ def test_an_index_names_files_beside_it_that_exist(tmp_path):
     for name in outside:
         (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
         refused("and not a .safetensors file beside it", hf.load, tmp_path)
+    (tmp_path / hf.INDEX).write_text('{"weight_map": ["a"]}')
+    refused("has no object weight_map", hf.load, tmp_path)

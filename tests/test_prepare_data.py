@@ -397,3 +397,22 @@ def test_the_numbers_of_manifest_and_report_agree(tmp_path):
     for reason, count in documents["dropped"].items():
         assert f"| dropped: {reason} | {count} | {sizes['dropped'].get(reason, 0):,} |" in report
         assert f"## dropped: {reason}\n\n- `" in report
+
+
+def test_special_tokens_in_text_are_reported_and_kept_on_request(tmp_path, capsys):
+    texts = [f"{n} red<|endoftext|>blue" for n in range(40)]
+    manifest, *_ = prepared(tmp_path, texts, tokenizer="bpe:5000")
+    counts = [entry["special_tokens"] for entry in manifest["splits"].values()]
+    assert sum(count["<|endoftext|>"] for count in counts) == 40
+    line = "In the text 40 `<|endoftext|>` became plain text; --special_tokens=keep keeps them."
+    out, page = capsys.readouterr().out, (tmp_path / "data" / "mine" / "report.md").read_text()
+    assert line in out and line in page
+    assert f"has only {manifest['tokenizer']['vocab_size']} entries, not 5,000" in out
+    folder = prepare_data.prepare(settings_for(tmp_path, texts, name="kept", special_tokens="keep"))
+    dataset = Dataset(folder, 1)
+    shards = np.concatenate(dataset.train.shards + dataset.val.shards)
+    assert np.count_nonzero(shards == dataset.tokenizer.end_of_text) == 80
+    assert "40 `<|endoftext|>` became special tokens." in (folder / "report.md").read_text()
+    plain = prepare_data.prepare(settings_for(tmp_path, texts, name="plain"))
+    settings = settings_for(tmp_path, name="all", merge=f"{folder},{plain}")
+    refused("have different tokenizers or --special_tokens", prepare_data.prepare, settings)

@@ -306,9 +306,9 @@ def test_transformers_continues_an_export_as_we_do(trained, exported):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
-    tokens = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Chapter é").input_ids]])
-    new = 32 - tokens.size(1)
-    tokens = theirs.generate(tokens, max_new_tokens=new, do_sample=False)[0]
+    prompt = tokenizer("Chapter é", return_tensors="pt")  # as in the README
+    new = 32 - prompt.input_ids.size(1)
+    tokens = theirs.generate(**prompt, max_new_tokens=new, do_sample=False)[0]
     options = ["--prompt=Chapter é", "--temperature=0", f"--max_new_tokens={new}"]
     for path in (exported, trained / "tiny"):
         text = output_of(trained, f"--checkpoint={path}", *options).stdout

@@ -4,6 +4,7 @@ import base64
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -91,7 +92,10 @@ def test_pieces_are_counted_as_encode_sees_them():
     assert tk.count_pieces(["a b b", " b"], "gpt2") == {b"a": 1, b" b": 3}
     assert tk.count_pieces(["12"], "qwen") == {b"1": 1, b"2": 1}
     assert tk.count_pieces(["e\u0301"], "qwen") == {"é".encode(): 1}
-    assert tk.count_pieces(["a" * 5000 + " b"], "gpt2") == {b" b": 1}  # no word
+    long = tk.count_pieces(["a" * 2500 + " b"], "gpt2")  # in stretches
+    assert long == {b"a" * 1000: 2, b"a" * 500: 1, b" b": 1}
+    dna = "".join(random.Random(0).choices("ACGT", k=10_000))
+    assert trained(dna, 300).vocab_size == 300
 
 
 @pytest.mark.parametrize("pattern", tk.PATTERNS)
@@ -105,11 +109,18 @@ def test_any_text_survives_and_never_becomes_end_of_text(pattern):
             assert tokenizer.end_of_text not in tokens
 
 
-def test_long_white_space_is_encoded():
-    tokenizer = tk.Tokenizer.from_tokens(tk.BYTES, "bytes", "gpt2")
-    text = "a" + " " * 1_500_000 + "b"
-    assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
+@pytest.mark.parametrize("pattern", tk.PATTERNS)
+def test_long_white_space_is_encoded_as_short(pattern, monkeypatch):
+    tokenizer = tk.Tokenizer.from_tokens([*tk.BYTES, b"ab"], "x", pattern)
     assert tokenizer.encode("").tolist() == []
+    text = " " * 1_500_000 + "x" * 99_999 + "ab"  # too long for tiktoken's regex engine
+    assert tokenizer.encode(text).tolist() == [32] * 1_500_000 + [120] * 99_999 + [256]
+    tokenizer, chooser = trained(PROSE + " \n \n\n  \t " * 50, 400, pattern), random.Random(0)
+    texts = ["".join(chooser.choices("    \n\n\r\t\x1c\u3000ab!1'", k=30)) for _ in range(2000)]
+    wanted = our_ids(tokenizer, texts)
+    for stretch in (1, 2, 3):
+        monkeypatch.setattr(tk, "STRETCH", stretch)
+        assert our_ids(tokenizer, texts) == wanted
 
 
 @pytest.mark.parametrize("name, reference", [("gpt2", "r50k_base"), ("gpt4", "cl100k_base")])
@@ -169,13 +180,22 @@ def test_the_pattern_of_a_file_is_known_or_asked_for(tmp_path):
     refused("splits text as gpt4, not as --split_pattern=qwen", load, path, "qwen")
     refused("there is no file", load, tmp_path / "none.tiktoken")
 
+    for foreign in ('{"tokenizer": [1]}', '{"tokenizer": {"sha256": 3}}', "{}"):
+        write(tmp_path / "manifest.json", foreign)
+        refused("choose --split_pattern", load, path)
 
-def test_gpt2s_file_is_known(tmp_path, monkeypatch):
-    gpt2 = trained(PROSE, 300)  # in place of the real one
-    path = write(tmp_path / "downloads" / "gpt2.tiktoken", gpt2.to_text())
-    monkeypatch.setattr(tf, "GPT2_SHA256", gpt2.record()["sha256"])
-    assert tf.load_tokenizer("gpt2", "", path.parent).same_ids(gpt2)
-    assert load(path).same_ids(gpt2)
+
+def test_openais_files_are_known(tmp_path, monkeypatch):
+    theirs = trained(PROSE, 300)  # in place of the real ones
+    path = write(tmp_path / "downloads" / "gpt2.tiktoken", theirs.to_text())
+    sha256 = theirs.record()["sha256"]
+    monkeypatch.setattr(tf, "GPT2_SHA256", sha256)
+    gpt2, cl100k = tf.KNOWN_FILES.values()
+    monkeypatch.setitem(tf.KNOWN_FILES, sha256, gpt2)
+    assert tf.load_tokenizer("gpt2", "", path.parent).same_ids(theirs)
+    monkeypatch.setitem(tf.KNOWN_FILES, sha256, cl100k)
+    assert (load(path).pattern, load(path).end_of_text) == ("gpt4", 100257)
+    refused("splits text as gpt4, not as --split_pattern=gpt2", load, path, "gpt2")
 
 
 def their_ids(folder, texts: list[str]) -> list[list[int]]:
@@ -218,12 +238,12 @@ def make_folder(folder, special=(tk.END_OF_TEXT,), split="gpt2", **changes):
 def test_a_folders_tokenizer_makes_the_same_ids(tmp_path, special, end, pattern):
     folder, texts = tmp_path / "gpt4", random_texts(1000)  # the folder's name says nothing
     make_folder(folder, special, pattern)
-    names = {"pad_token": "<pad>", "bos_token": {"content": "<s>"}, "eos_token": special[-1]}
+    names = {"bos_token": {"content": special[0]}, "eos_token": special[-1], "pad_token": None}
     write(folder / "tokenizer_config.json", json.dumps(names))
     tokenizer = load(folder)
     assert (tokenizer.end_of_text, tokenizer.pattern) == (end, pattern)
     assert tokenizer.vocab_size > 300 and our_ids(tokenizer, texts) == their_ids(folder, texts)
-    again = tk.Tokenizer.from_text(tokenizer.to_text(), "x", pattern)
+    again = tk.Tokenizer.from_record(tokenizer.record(), tokenizer.to_text())
     assert again.same_ids(tokenizer) and again.end_of_text == end
     refused(f"splits text as {pattern}, not as --split_pattern=gpt4", load, folder, "gpt4")
 
@@ -239,8 +259,55 @@ def test_end_of_text_is_what_the_folder_says(tmp_path):
     settings.unlink()
     write(tmp_path / "config.json", '{"eos_token_id": 777}')
     assert tf.load_hf_tokenizer(tmp_path, "x").end_of_text == 777
-    (tmp_path / "config.json").unlink()
-    refused("neither an eos_token nor", tf.load_hf_tokenizer, tmp_path, "x")
+    settings = write(tmp_path / "tokenizer_config.json", '{"eos_token": null}')
+    assert tf.load_hf_tokenizer(tmp_path, "x").end_of_text == 777
+    for number, message in (("null", "neither an eos_token nor"), ("5", "2 tokens have the id 5")):
+        write(tmp_path / "config.json", f'{{"eos_token_id": {number}}}')
+        refused(message, tf.load_hf_tokenizer, tmp_path, "x")
+
+
+ADDED = {"<|endoftext|>": 5000, "<|im_end|>": 5001, "<think>": 5002, "<think>!": 5004, "a ": 5005}
+
+
+def make_chat_folder(folder, pattern: str):
+    """A folder as Qwen3's: its eos_token is not <|endoftext|>, and some tokens are not special."""
+    tokens = [{"id": n, "content": token, "special": n < 5002} for token, n in ADDED.items()]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    make_folder(folder, [], pattern, added_tokens=[token | flags for token in tokens])
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= ADDED  # else their ids follow those of the vocabulary
+    write(folder / "tokenizer.json", json.dumps(content))
+    write(folder / "tokenizer_config.json", '{"eos_token": "<|im_end|>"}')
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "qwen"])
+def test_added_tokens_are_kept_or_plain_text(tmp_path, pattern):
+    make_chat_folder(tmp_path / "theirs", pattern)
+    plain = load(tmp_path / "theirs")
+    assert (plain.end_of_text, plain.vocab_size) == (5001, 5006)
+    keep, texts = replace(plain, special_tokens="keep"), random_texts(500)
+    texts = [text + "<think>!the a <|im_end|>a\u0301<think>" + text for text in texts]
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    theirs = auto.from_pretrained(tmp_path / "theirs")(texts)["input_ids"]
+    assert our_ids(keep, texts) == theirs
+    ids = plain.encode("".join(texts))
+    assert not set(ids) & {*ADDED.values()} and plain.encode("<think>").size > 3
+    assert plain.special_regex.findall("<<think>>!a<think>!") == ["<think>", "<think>!"]
+    assert keep.decode([5002, 5001]) == b"<think>"
+    for tokenizer in (plain, keep):
+        again = tk.Tokenizer.from_record(tokenizer.record(), tokenizer.to_text())
+        assert again.same_ids(tokenizer) and again.record() == tokenizer.record()
+        write(tmp_path / "set" / "x.tiktoken", tokenizer.to_text())
+        write(tmp_path / "set" / "manifest.json", json.dumps({"tokenizer": tokenizer.record()}))
+        assert load(tmp_path / "set" / "x.tiktoken").same_ids(plain)
+        tf.save_hf_tokenizer(tokenizer, tmp_path / "hf")
+        assert load(tmp_path / "hf").same_ids(plain)
+        exported = auto.from_pretrained(tmp_path / "hf")
+        assert exported.eos_token == "<|im_end|>" and exported.get_added_vocab() == ADDED
+        wanted = [tokenizer.encode_document(text).tolist() for text in texts]
+        assert exported(texts)["input_ids"] == wanted
+    without = tk.Tokenizer(plain.name, pattern, plain.ids, plain.end_of_text)
+    assert not without.same_ids(plain)
 
 
 def with_a_merge_never_made(model: dict) -> dict:
@@ -254,7 +321,9 @@ def with_a_merge_never_made(model: dict) -> dict:
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 TWICE = [["th", "e"], ["t", "he"]]
-AS_TEXT = [{"id": 0, "content": "  ", "special": False}]
+WITH_FLAG = [{"id": 0, "content": "<mask>", "special": True, "lstrip": True}]
+TAKEN = [{"id": 5, "content": "<user>", "special": True}]
+NO_NUMBER = [{"id": "5000", "content": "<user>", "special": True}]
 DAMAGE = [
     ({"normalizer": {"type": "NFC"}}, "of normalizer {'type': 'NFC'}"),
     ({"split": "qwen", "normalizer": None}, "of normalizer None"),
@@ -268,9 +337,11 @@ DAMAGE = [
     ({"model__merges": lambda merges: [*merges, *TWICE]}, "out of order or never made"),
     ({"model": with_a_merge_never_made}, "merge 'x qz' is out of order or never made"),
     ({"model__vocab": lambda vocab: {t: vocab[t] for t in vocab if t != "!"}}, "KeyError"),
-    ({"model__vocab": lambda vocab: vocab | {"!": vocab["?"]}}, "no id twice"),
+    ({"model__vocab": lambda vocab: vocab | {"!": vocab["?"]}}, "2 tokens have the id"),
     ({"model__vocab": lambda vocab: vocab | {"!": "1"}}, "damaged or of another kind"),
-    ({"added_tokens": AS_TEXT}, "text can become the added token '  '"),
+    ({"added_tokens": WITH_FLAG}, "an added token like .*mask.* is not supported"),
+    ({"added_tokens": TAKEN}, "2 tokens have the id 5"),
+    ({"added_tokens": NO_NUMBER}, "ids must be whole numbers"),
     ({"model": None}, "TypeError"),
 ]
 
@@ -286,8 +357,26 @@ def test_a_damaged_folder_is_refused(tmp_path):
     refused("has no tokenizer.json; transformers", tf.load_hf_tokenizer, tmp_path, "x")
     write(tmp_path / "tokenizer.json", "[1]")
     refused("tokenizer.json holds a JSON list", tf.load_hf_tokenizer, tmp_path, "x")
-    write(tmp_path / "tokenizer_config.json", '{"add_prefix_space": true}')
-    refused("add_prefix_space", tf.load_hf_tokenizer, tmp_path, "x")
+    make_folder(tmp_path)
+
+
+BAD_SETTINGS = [
+    ({"add_prefix_space": True}, "add_prefix_space"),
+    ({"eos_token": []}, "damaged or of another kind"),
+    ({"eos_token": "</s>"}, "tokenizer.json lacks '</s>'"),
+    ({"added_tokens_decoder": {"9": {"content": "<user>"}}}, "tokenizer.json lacks '<user>'"),
+    ({"tokenizer_class": "Qwen2Tokenizer"}, "splits text as gpt2, not as Qwen2Tokenizer"),
+    ({"tokenizer_class": None}, "splits text as gpt2, not as qwen3"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD_SETTINGS)
+def test_settings_that_change_ids_are_refused(tmp_path, settings, message):
+    make_folder(tmp_path)
+    write(tmp_path / "config.json", '{"model_type": "qwen3"}')
+    settings = {"tokenizer_class": "GPT2TokenizerFast"} | settings
+    write(tmp_path / "tokenizer_config.json", json.dumps(settings))
+    refused(message, load, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [*tk.PATTERNS, "reversed", "folder"])
@@ -305,7 +394,8 @@ def test_an_exported_tokenizer_makes_the_same_ids(tmp_path, kind):
     assert their_ids(tmp_path / "hf", texts) == wanted
     assert load(tmp_path / "hf").same_ids(tokenizer)
     auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert auto(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"] == wanted
+    prefixed = [[tokenizer.end_of_text, *tokens] for tokens in wanted]
+    assert auto(texts)["input_ids"] == prefixed
     assert auto.eos_token_id == auto.bos_token_id == tokenizer.end_of_text
     plain = [tk.normalize(text, tokenizer.pattern) for text in texts[:50]]
     assert [auto.decode(tokens) for tokens in wanted[:50]] == plain
