@@ -10,6 +10,7 @@ The invariant: each token of a document but the end-of-text before it is scored 
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice

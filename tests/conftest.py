@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,11 @@ def write(path: Path, content: str | bytes) -> Path:
 def write_texts(path: Path, texts, field: str = "text") -> Path:
     """A file of JSON, a document per line."""
     return write(path, "".join(json.dumps({field: text}) + "\n" for text in texts))
+
+
+def split_tokens(dataset, split: str):
+    """All tokens of one split."""
+    return np.concatenate([s.read(0, s.count) for s in getattr(dataset, split).shards])
 
 
 def refused(message: str, function, *arguments, code=config.BAD_INPUT, **options):

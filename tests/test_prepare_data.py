@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import full_disk, refused, run, write, write_texts
+from conftest import full_disk, refused, run, split_tokens, write, write_texts
 
 import config
 import corpus
@@ -49,7 +49,7 @@ def prepared(folder: Path, source="", **changes) -> tuple[dict, list[str], list[
     dataset = Dataset(prepare_data.prepare(settings_for(folder, source, **changes)), 1)
     splits = []
     for split in ("train", "val"):
-        tokens = np.concatenate(getattr(dataset, split).shards)
+        tokens = split_tokens(dataset, split)
         parts = np.split(tokens, np.flatnonzero(tokens == dataset.tokenizer.end_of_text))
         texts = [dataset.tokenizer.decode(part[1:].tolist()).decode() for part in parts[1:]]
         entry, size = dataset.manifest["splits"][split], sum(len(text.encode()) for text in texts)
@@ -410,8 +410,8 @@ def test_special_tokens_in_text_are_reported_and_kept_on_request(tmp_path, capsy
     assert f"has only {manifest['tokenizer']['vocab_size']} entries, not 5,000" in out
     folder = prepare_data.prepare(settings_for(tmp_path, texts, name="kept", special_tokens="keep"))
     dataset = Dataset(folder, 1)
-    shards = np.concatenate(dataset.train.shards + dataset.val.shards)
-    assert np.count_nonzero(shards == dataset.tokenizer.end_of_text) == 80
+    shards = [split_tokens(dataset, split) for split in ("train", "val")]
+    assert np.count_nonzero(np.concatenate(shards) == dataset.tokenizer.end_of_text) == 80
     assert "40 `<|endoftext|>` became special tokens." in (folder / "report.md").read_text()
     plain = prepare_data.prepare(settings_for(tmp_path, texts, name="plain"))
     settings = settings_for(tmp_path, name="all", merge=f"{folder},{plain}")
