@@ -209,7 +209,7 @@ def start_ranks(settings: TrainConfig):
     timeout = timedelta(minutes=settings.distributed_timeout)
     place = dict(store=store, rank=rank, world_size=world_size)
     dist.init_process_group(backend, timeout=timeout, **place)
-    with shared_failure(store, rank):
+    with shared_failure(store):
         yield Ranks(rank, world_size, device)
     try:
         if device.type == "cpu":
@@ -220,20 +220,25 @@ def start_ranks(settings: TrainConfig):
 
 
 @contextlib.contextmanager
-def shared_failure(store, rank: int):
+def shared_failure(store):
     """Have all ranks end with the exit code of the first that fails, which alone says why."""
     try:
         yield
-    except (Failure, OSError) as failure:
-        store.compare_set("failure", "", str(getattr(failure, "code", INPUT_OUTPUT)))
-        raise
+        return
+    except (Failure, OSError) as error:
+        message, code = str(error), getattr(error, "code", INPUT_OUTPUT)
     except RuntimeError as error:  # of a collective, when another rank has ended
-        if store.check(["failure"]):
-            raise Failure("", int(store.get("failure"))) from None
         if not re.search("gloo|nccl|Connection|Timed out", str(error)):
             raise
-        reason = str(error).splitlines()[0]
-        raise Failure(f"another rank ended or did not answer: {reason}", INPUT_OUTPUT) from None
+        message, code = f"another rank ended or did not answer: {error!r:.200}", INPUT_OUTPUT
+    if message:  # else it is known that another rank is the first
+        this = first = f"{code} {config.RANK}"
+        with contextlib.suppress(RuntimeError):  # the launcher, which has the store, is gone
+            first = store.compare_set("failure", "", this).decode()
+        if first == this:
+            config.print_error(message)
+        code = int(first.split()[0])
+    raise Failure("", code)
 
 
 # The start of a run

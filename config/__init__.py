@@ -22,6 +22,7 @@ BAD_INPUT, NOT_FINITE, NO_CHECKPOINT, IN_USE, INPUT_OUTPUT = 2, 3, 4, 5, 6  # ex
 
 # Settings that are, or can be, a path
 PATHS = "out_dir data_dir dataset init_from tokenizer checkpoint prompts text export_hf"
+RANK = int(os.environ.get("RANK", "0"))  # as torchrun numbers the processes of a run
 OUT_OF_MEMORY = "DefaultCPUAllocator|out of memory|ALLOC_FAILED"  # in a RuntimeError of torch
 
 
@@ -65,8 +66,8 @@ def run(main, settings_class, less_memory: str, positional: str = ""):
 def exit_on_failure(less_memory: str = ""):
     """An expected error inside ends the program with one message and its exit code, no traceback.
 
-    torchrun ends all ranks once one has ended. So of an error that all ranks have, rank 0 prints
-    the message; the others wait first, and print only if rank 0 is still alive.
+    An error that all ranks have should be printed once, by rank 0. The others wait first: if rank
+    0 has ended by then, torchrun has ended them, too.
     """
     try:
         yield
@@ -84,13 +85,15 @@ def exit_on_failure(less_memory: str = ""):
         message, code = f"memory is full; {less_memory}", BAD_INPUT
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    rank = os.environ.get("RANK", "0")
-    if rank != "0" and message:
-        time.sleep(10)
-    if message:  # else it is another rank's error
-        source = Path(sys.argv[0]).name + (f", rank {rank}" if rank != "0" else "")
-        print(f"{source}: {message}", file=sys.stderr, flush=True)
+    if message:  # else it is printed already
+        time.sleep(10 if RANK else 0)
+        print_error(message)
     end_process(code)
+
+
+def print_error(message: str):
+    source = Path(sys.argv[0]).name + (f", rank {RANK}" if RANK else "")
+    print(f"{source}: {message}", file=sys.stderr, flush=True)
 
 
 def end_process(code: int):

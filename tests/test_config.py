@@ -197,13 +197,13 @@ def test_bad_settings_are_refused_before_a_folder_is_made(tmp_path, monkeypatch,
     assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("rank, message", [("0", "rate is a"), ("1", ", rank 1: rate is a")])
+@pytest.mark.parametrize("rank, message", [(0, "rate is a"), (1, ", rank 1: rate is a")])
 def test_an_error_of_all_ranks_is_printed_by_the_first(rank, message, monkeypatch, capsys):
     """The others wait, in which time torchrun ends them if rank 0 has ended."""
     slept = []
     monkeypatch.setattr(config.time, "sleep", slept.append)
-    monkeypatch.setenv("RANK", rank)
-    assert message in refused(capsys, ["--rate=x"]) and slept == [10] * int(rank)
+    monkeypatch.setattr(config, "RANK", rank)
+    assert message in refused(capsys, ["--rate=x"]) and slept == [10 * rank]
 
 
 SYSTEM_ERRORS = [(OSError("disk"), 6), (KeyboardInterrupt(), 130), (MemoryError(), 2)]

@@ -1,13 +1,21 @@
 """Several processes train as one."""
 
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, ROOT, metrics, run, tiny_arguments, tiny_run
+from conftest import KINDS, ONE_THREAD, ROOT, metrics, run, tiny_arguments, tiny_run
 
 import checkpoint
+import files
 import train
-from config import NOT_FINITE
+from config import INPUT_OUTPUT, NOT_FINITE
 
 
 def losses(out_dir) -> list[tuple]:
@@ -43,24 +51,95 @@ def test_a_failure_is_printed_once(data_dir, tmp_path, option, message):
     assert result.returncode != 0 and not (tmp_path / "run").exists()
 
 
-BROKEN_ON_RANK_1 = """
-import config, math, os, sys, train
-forward = train.GPT.forward
+PATCHED = """
+import config, math, os, signal, sys, time, train
+forward, calls, here = train.GPT.forward, iter(range(10**9)), os.environ["RANK"] == "1"
 def broken(model, tokens, targets):
-    return forward(model, tokens, targets) * (math.nan if os.environ["RANK"] == "1" else 1.0)
+    losses, is_now = forward(model, tokens, targets), model.training and next(calls) == 10 and here
+    if is_now:
+        {}
+    return losses
 train.GPT.forward = broken
-with config.exit_on_failure():
-    train.main(config.load(train.TrainConfig, sys.argv[1:]))
+config.run(train.main, train.TrainConfig, "")
 """
+ON_RANK_1 = [  # what rank 1 does in the sixth step, what is printed once, and a rank's exit code
+    ("losses *= math.nan", "rank 1 is not finite (windows at positions 40 to 47)", NOT_FINITE),
+    ("raise OSError('shard.bin: gone')", "patched.py, rank 1: shard.bin: gone", INPUT_OUTPUT),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "another rank ended or did not answer", -9),
+    ("os.kill(os.getpid(), signal.SIGTERM)", "stopped at step 6; to continue", 0),
+]
 
 
-def test_values_that_are_not_finite_on_one_rank_end_all(data_dir, tmp_path):
-    script, arguments = tmp_path / "broken.py", tiny_arguments(data_dir, tmp_path / "run")
-    script.write_text(BROKEN_ON_RANK_1)
+@pytest.mark.parametrize("action, message, code", ON_RANK_1)
+def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, code):
+    script, arguments = tmp_path / "patched.py", tiny_arguments(data_dir, tmp_path / "run")
+    script.write_text(PATCHED.format(action))
+    started = time.monotonic()
     result = run(script, *arguments, processes=2, PYTHONPATH=str(ROOT))
-    assert f"exitcode  : {NOT_FINITE} " in result.stderr, result.stderr
-    assert result.stderr.count("step 1: the loss of rank 1 is not finite") == 1
-    assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == 0
+    assert time.monotonic() - started < 30
+    printed = result.stdout + result.stderr.split("torch/distributed")[0]
+    assert printed.count(message) == 1 and "Traceback" not in printed, printed
+    assert f"exitcode  : {code} " in result.stderr or result.returncode == code == 0
+    step = checkpoint.load(tmp_path / "run" / "latest.pt")["step"]
+    assert step == {NOT_FINITE: 5, 0: 6}.get(code, 4)
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_not_waited_for_longer_than_the_timeout(data_dir, tmp_path):
+    script, arguments = tmp_path / "patched.py", tiny_arguments(data_dir, tmp_path / "run")
+    script.write_text(PATCHED.format("os.kill(os.getpid(), signal.SIGSTOP)"))
+    result = run(script, *arguments, "--distributed_timeout=1", processes=2, PYTHONPATH=str(ROOT))
+    assert result.stderr.count("another rank ended or did not answer") == 1
+    assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_random_kills_lose_no_more_than_an_interval(data_dir, tmp_path, processes):
+    """The same command line until it finishes; then all is as without a kill."""
+    options = ["--max_steps=2000", "--checkpoint_interval=7", "--eval_interval=50"]
+    options += ["--init_from=auto", "--dropout=0.2"]
+    assert tiny_run(data_dir, tmp_path / "whole", *options, processes=processes).returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    arguments = ["train.py", *tiny_arguments(data_dir, tmp_path / "parts"), *options]
+    command = [sys.executable, *(launcher if processes > 1 else []), *arguments]
+    environment, generator, kills, code = os.environ | ONE_THREAD, random.Random(0), 0, None
+    while code != 0:
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        kwargs = dict(cwd=ROOT, env=environment, start_new_session=True)
+        with subprocess.Popen(command, **kwargs, **quiet) as process:
+            try:
+                code = process.wait(timeout=generator.uniform(2, 6))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+        for path in checkpoint.saved(tmp_path / "parts"):
+            checkpoint.load(path)
+    assert kills > 3
+    states = [checkpoint.load(tmp_path / name / "latest.pt") for name in ("whole", "parts")]
+    assert len({checkpoint.checksum(state["model"]) for state in states}) == 1
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(data_dir, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    long = ["--max_steps=100000", "--checkpoint_interval=100000", "--eval_interval=100000"]
+    command = [*launcher, "train.py", *tiny_arguments(data_dir, tmp_path / "run"), *long]
+    environment, log = os.environ | ONE_THREAD, tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: log.exists() and log.stat().st_size > 1000)
+        process.kill()
+    wait_until(lambda: (tmp_path / "run" / "latest.pt").exists(), seconds=10)
+    with files.locked(tmp_path / "run" / "lock"):  # until the last rank has ended
+        steps = metrics(tmp_path / "run", "step")
+    assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == steps[-1][0]
+
+
+def wait_until(is_true, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_an_error_as_ranks_part_is_only_printed(monkeypatch, capsys):
