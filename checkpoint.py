@@ -251,7 +251,7 @@ def check_same_run(saved: dict, settings: dict, defaults: dict, dataset):
     tokenizer = restore_tokenizer(saved)
     if not tokenizer.same_ids(dataset.tokenizer):
         differing.append(f"tokenizer was {tokenizer.name}, is {dataset.tokenizer.name}")
-    if saved["dataset"] not in (dataset.fingerprint(), dataset.old_fingerprint()):
+    if saved["dataset"] not in (dataset.fingerprint, dataset.old_fingerprint()):
         differing.append(f"the files of dataset {settings['dataset']} have changed")
     if differing:
         hint = "set them as they were, or start a new run with another --out_dir"

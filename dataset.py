@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,7 @@ class Dataset:
                 done += shard.bytes
                 progress.update(done)
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of each shard's length, first and last MB, in order."""
         digest = hashlib.sha256()
@@ -132,12 +134,12 @@ class Dataset:
         shards = [split["shards"] for split in self.manifest.get("splits", {}).values()]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
-    def tokens_per_byte(self) -> float:
-        """Tokens per byte of validation text; nan without a manifest."""
+    def bits_per_byte(self, loss: float) -> float:
+        """A validation loss per byte of text, which compares tokenizers; nan without a manifest."""
         if not self.manifest:
             return math.nan
         split = self.manifest["splits"]["val"]
-        return split["tokens"] / split["bytes"]
+        return loss / math.log(2) * split["tokens"] / split["bytes"]
 
     def documents(self, split: str) -> Iterator[tuple[str, np.ndarray]]:
         """Yield where each document begins, and its tokens, int64, the first an end-of-text."""

@@ -121,10 +121,12 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))  # exp of more exceeds a float
 
 
-def print_report(folder: Path, val_loss: float, bits_per_byte: float, compressors: dict):
+def print_report(folder: Path, val_loss: float, dataset):
     """Print what a run reached, beside the bits per byte of compressors, and draw its losses."""
     print(f"\nvalidation loss {val_loss:.4f} nats per token, perplexity {perplexity(val_loss):.2f}")
-    if math.isfinite(bits_per_byte):  # else it is not known
+    if dataset.manifest:
+        bits_per_byte = dataset.bits_per_byte(val_loss)
+        compressors = dataset.manifest["splits"]["val"].get("compressed_bits_per_byte", {})
         others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
         print(f"{bits_per_byte:.3f} bits per byte of validation text{others}")
     print(draw_losses(folder))

@@ -51,7 +51,7 @@ class TrainConfig(ModelShape):
     init_from: str = "scratch"  # scratch, resume, auto (either), gpt2, .pt, folder or OWNER/NAME
     overwrite: bool = False  # start again although out_dir has a run, which is lost
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
-    dataset: str = "stdlib"  # folder in data_dir; stdlib and shakespeare are made when missing
+    dataset: str = "stdlib"  # folder (in data_dir); stdlib and shakespeare are made when missing
     data_dir: str = "data"  # folder of the datasets
     tokenizer: str = ""  # of shards without a manifest: gpt2, bytes, a .tiktoken file, OWNER/NAME
     split_pattern: str = ""  # of a .tiktoken file in `tokenizer`: gpt2, gpt4 or qwen
@@ -113,9 +113,9 @@ class TrainConfig(ModelShape):
         unit = self.block_size * ranks * size
         if self.batch_tokens % unit:
             product = f"block_size {self.block_size} x {ranks} ranks x micro_batch_size {size}"
-            nearest = f"the nearest is {max(1, round(self.batch_tokens / unit)) * unit}"
-            reason = f"must be a multiple of {unit}: {product}; {nearest}"
-            raise ValueError(f"batch_tokens {self.batch_tokens} {reason}")
+            reason = f"batch_tokens {self.batch_tokens} must be a multiple of {unit}: {product}"
+            nearest = max(1, round(self.batch_tokens / unit)) * unit
+            raise ValueError(f"{reason}; the nearest is {nearest}")
 
     @property
     def fine_tunes(self) -> bool:
@@ -147,8 +147,7 @@ def main(settings: TrainConfig):
         if is_done:
             report(run)
         else:
-            hint = "to continue: the same command with --init_from=auto"
-            run.print(f"stopped at step {run.step}; {hint}")
+            run.print(f"stopped at step {run.step}; to continue: the same with --init_from=auto")
 
 
 @dataclass
@@ -207,8 +206,7 @@ def start_ranks(settings: TrainConfig):
     store, rank, world_size = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=settings.distributed_timeout)
-    place = dict(store=store, rank=rank, world_size=world_size)
-    dist.init_process_group(backend, timeout=timeout, **place)
+    dist.init_process_group(backend, None, timeout, world_size, rank, store)
     with shared_failure(store):
         yield Ranks(rank, world_size, device)
     try:
@@ -299,31 +297,23 @@ class Run:
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
     """Open the dataset; make it first where it is missing and takes seconds. Raises Failure."""
-    folder = Path(settings.data_dir) / settings.dataset
+    name = settings.dataset
+    folder = Path(name) if Path(name, "manifest.json").exists() else Path(settings.data_dir, name)
 
     def make_if_missing():
         if folder.exists():
             return
-        if settings.dataset not in MADE_WHEN_MISSING:
-            raise Failure(f"{folder} does not exist; {dataset_hint(settings)}")
-        script = Path(__file__).with_name("prepare_data.py")
-        command = [sys.executable, script, settings.dataset, f"--data_dir={settings.data_dir}"]
-        code = subprocess.run(command).returncode
+        command = ["prepare_data.py", Path(name).name, f"--data_dir={settings.data_dir}"]
+        if name not in MADE_WHEN_MISSING:
+            hint = f"python {shlex.join(command)} (with --source=PATH for your own text)"
+            raise Failure(f"{folder} does not exist; make it: {hint}")
+        command[0] = Path(__file__).with_name("prepare_data.py")
+        code = subprocess.run([sys.executable, *command]).returncode
         if code:
-            raise Failure(f"the dataset {settings.dataset} could not be made", code)
+            raise Failure(f"the dataset {name} could not be made", code)
 
     ranks.on_rank_0(make_if_missing)
     return Dataset(folder, settings.block_size, settings.tokenizer, settings.split_pattern)
-
-
-def dataset_hint(settings: TrainConfig) -> str:
-    """How to make a dataset that is missing, or to name it where a path was given."""
-    path = Path(settings.dataset)
-    if path.parent != Path():
-        names = shlex.join([f"--data_dir={path.parent}", f"--dataset={path.name}"])
-        return f"a dataset's folder and name are two settings: {names}"
-    command = shlex.join(["prepare_data.py", path.name, f"--data_dir={settings.data_dir}"])
-    return f"make it: python {command} (with --source=PATH for your own text)"
 
 
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
@@ -353,7 +343,9 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
 
 
 def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
-    """The settings, with `auto` and 0 as the checkpoint has them or as this machine can do."""
+    """Replace `auto` and 0: by the checkpoint's values on the same kind of device, else by what
+    suits this machine.
+    """
     device = ranks.device.type
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
@@ -361,7 +353,9 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
     if compiled == "auto":
         compiled = before.get("compile") or ("on" if hardware.can_compile(ranks.device) else "off")
-    same_devices = before and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
+    same_devices = (
+        bool(before) and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
+    )
     if same_devices and before["activation_checkpointing"] == settings.activation_checkpointing:
         size = size or before["micro_batch_size"]
     if not size:
@@ -369,8 +363,9 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         size = hardware.fitting_micro_batch_size(model, share, settings.block_size, dtype)
         size = ranks.min(size)
     if not size:
-        hint = "try --activation_checkpointing=True or a smaller block_size"
-        raise Failure(f"not one sequence fits this device; {hint}")
+        raise Failure(
+            "not one sequence fits; try --activation_checkpointing=True or less block_size"
+        )
     return replace(settings, device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
 
 
@@ -556,8 +551,8 @@ def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Te
     memory, rate = hardware.memory_gib(run.ranks.device), run.optimizers[0].param_groups[0]["lr"]
     values = {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": rate}
     run.record(step=run.step, **values, **speed, memory_gib=memory)
-    done = f"step {run.step:>6,} of {run.settings.max_steps:,}"
-    run.print(" | ".join([done, f"loss {loss:.4f}", *words, f"{memory:.1f} GiB"]))
+    done = f"step {run.step:>6,} of {run.settings.max_steps:,} | loss {loss:.4f}"
+    run.print(" | ".join([done, *words, f"{memory:.1f} GiB"]))
 
 
 def make_optimizers(model: GPT, settings: TrainConfig) -> list:
@@ -610,9 +605,9 @@ def validate_and_log(run: Run):
     if not math.isfinite(loss):
         raise Failure(f"step {run.step}: the validation loss is {loss}", NOT_FINITE)
     run.val_loss, run.val_step = loss, run.step
-    run.record(step=run.step, val_loss=loss, bits_per_byte=bits_per_byte(run))
-    text = f"validation loss {loss:.4f}, perplexity {log.perplexity(loss):.2f}"
-    run.print(f"step {run.step:>6,} | {text}")
+    run.record(step=run.step, val_loss=loss, bits_per_byte=run.dataset.bits_per_byte(loss))
+    perplexity = f"perplexity {log.perplexity(loss):.2f}"
+    run.print(f"step {run.step:>6,} | validation loss {loss:.4f}, {perplexity}")
     if loss < run.best_val_loss:
         run.best_val_loss, run.is_best = loss, True
 
@@ -668,22 +663,15 @@ def run_state(run: Run) -> dict:
         "val_step": run.val_step,
         "best_val_loss": run.best_val_loss,
         "settings": asdict(run.settings),
-        "dataset": run.dataset.fingerprint(),
+        "dataset": run.dataset.fingerprint,
         "world_size": run.ranks.world_size,
     }
-
-
-def bits_per_byte(run: Run) -> float:
-    """The validation loss per byte of text, which compares tokenizers; nan without a manifest."""
-    return run.val_loss / math.log(2) * run.dataset.tokens_per_byte()
 
 
 def report(run: Run):
     """Print what the run reached, and let the model continue a prompt."""
     if run.ranks.rank == 0:
-        val = run.dataset.manifest["splits"]["val"] if run.dataset.manifest else {}
-        compressors = val.get("compressed_bits_per_byte", {})
-        log.print_report(run.folder, run.val_loss, bits_per_byte(run), compressors)
+        log.print_report(run.folder, run.val_loss, run.dataset)
         if run.settings.sample_prompt:
             sample.continue_prompt(run.model, run.dataset.tokenizer, run.settings.sample_prompt)
 

@@ -93,8 +93,8 @@ def test_the_shards_are_those_of_the_manifest(tiny):
     write_shards(tiny, "x_train", range(100))  # belongs to something else
     again = Dataset(tiny, 16)
     assert again.train.count_tokens() == train["tokens"]
-    assert again.tokens_per_byte() == again.val.count_tokens() / val["bytes"]
-    assert dataset.tokenizer.name == "bytes" and dataset.fingerprint() == again.fingerprint()
+    assert again.bits_per_byte(math.log(2)) == again.val.count_tokens() / val["bytes"]
+    assert dataset.tokenizer.name == "bytes" and dataset.fingerprint == again.fingerprint
     refused("less than one window of 100001 train tokens", Dataset, tiny, 100_000)
     shutil.move(tiny / "x_train_000000.bin", tiny / "tiny_train_000000.bin")
     refused("has 100 tokens, but manifest.json says 20000", Dataset, tiny, 16)
@@ -103,13 +103,13 @@ def test_the_shards_are_those_of_the_manifest(tiny):
 def test_bytes_that_are_not_the_manifests_are_noticed(tiny, monkeypatch):
     path, dataset = tiny / "tiny_train_000000.bin", Dataset(tiny, 16)
     dataset.verify(hash_all=False, is_known=False)
-    before = dataset.fingerprint()
+    before = dataset.fingerprint
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)
-    message = "is not the shard that manifest.json was made with"
+    dataset, message = Dataset(tiny, 16), "is not the shard that manifest.json was made with"
     refused(message, dataset.verify, hash_all=False, is_known=True)
-    assert dataset.fingerprint() != before  # with or without a manifest
+    assert dataset.fingerprint != before  # with or without a manifest
     monkeypatch.setattr("dataset.HASHED_BYTES", 1000)
     dataset.verify(hash_all=False, is_known=True)
     refused(message, dataset.verify, hash_all=True, is_known=True)
@@ -151,9 +151,9 @@ def test_shards_made_elsewhere_open_with_a_tokenizer_named(tmp_path):
     refused("name the tokenizer of its shards, as in --tokenizer=gpt2", Dataset, tmp_path, 16)
     dataset = Dataset(tmp_path, 16, "bytes")
     assert len(dataset.train) == len(dataset.val) == 12 and dataset.tokenizer.vocab_size == 257
-    assert math.isnan(dataset.tokens_per_byte())
+    assert math.isnan(dataset.bits_per_byte(1.0))
     shutil.copy(tmp_path / "fineweb_train_000000.bin", tmp_path / "fineweb_train_000001.bin")
-    assert Dataset(tmp_path, 16, "bytes").fingerprint() != dataset.fingerprint()
+    assert Dataset(tmp_path, 16, "bytes").fingerprint != dataset.fingerprint
     dataset.verify(hash_all=True, is_known=False)
     write_shards(tmp_path, "more_train", [1] * 50 + [257])
     dataset = Dataset(tmp_path, 16, "bytes")

@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_metrics_are_cut_at_a_step_and_drawn(tmp_path, monkeypatch, capsys):
     assert picture.startswith(b"\x89PNG")
     monkeypatch.setattr(figure, "savefig", lambda *_, **__: 1 / 0)
     assert "no picture of the loss: ZeroDivisionError" in log.draw_losses(folder)
-    log.print_report(folder, 1.0, 1.0, {})
+    log.print_report(folder, 1.0, SimpleNamespace(manifest={}))
     command = capsys.readouterr().out.splitlines()[-1].partition(": ")[2]
     assert shlex.split(command)[-1] == f"--checkpoint={folder / 'latest.pt'}"
     assert (folder / "loss.png").read_bytes() == picture and not [*folder.glob(".*")]

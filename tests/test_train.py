@@ -437,7 +437,7 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(finished, data_dir, tmp_pa
 FAILURES = [
     ([RESUME], NO_CHECKPOINT, "there is no checkpoint"),
     (["--dataset=nothing"], 2, "python prepare_data.py nothing"),
-    (["--dataset=data/a b"], 2, "two settings: --data_dir=data '--dataset=a b'"),
+    (["--dataset=data/a b"], 2, "make it: python prepare_data.py 'a b' --data_dir="),
     (["--dataset=unmakeable"], 2, "the dataset unmakeable could not be made"),
     (["--dataset=damaged"], 2, "manifest.json is damaged"),
     (["--block_size=8192", "--batch_tokens=16384"], 2, "one window of 8193 val tokens"),
