@@ -273,7 +273,7 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.file = None  # the shard that is being written
-        self.count = self.largest_id = 0  # of its tokens
+        self.count = self.largest_id = 0  # of the tokens in that shard
         self.records = []  # of finished shards, for the manifest
 
     def __enter__(self):

@@ -143,8 +143,9 @@ def draw_losses(folder: Path) -> str:
         axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
         axes.set_title(folder.name, parse_math=False)
         for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
-            points = [(line["step"], line[key]) for line in read_metrics(folder) if key in line]
-            axes.plot(*zip(*points), marker=marker, label=label, linewidth=1)
+            lines = [line for line in read_metrics(folder) if key in line]
+            steps, losses = [line["step"] for line in lines], [line[key] for line in lines]
+            axes.plot(steps, losses, marker=marker, label=label, linewidth=1)
         axes.legend()
         axes.grid(alpha=0.3)
         with atomic_file(folder / "loss.png") as file:

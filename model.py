@@ -3,8 +3,9 @@
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Yang et al. 2025, "Qwen3
 Technical Report" (the dense model). Names are GPT-2's where GPT-2 has such a part.
 
-Shapes: B batch, T tokens now, S tokens attended, C n_embd, H heads of queries, K heads of keys and
-values, D head size, V vocabulary. A layer takes and returns x (B, T, C) unless it says otherwise.
+Shapes: B batch, T new tokens (all, without a cache), S keys (T, or the slots of a cache), C n_embd,
+H heads of queries, K heads of keys and values, D head size, V vocabulary. A layer takes and returns
+x (B, T, C) unless it says otherwise.
 """
 
 import hashlib
@@ -33,17 +34,16 @@ class ModelShape:
     bias: bool = True  # gpt2 (else ignored): biases in linear layers and layer norms
     n_kv_head: int = 0  # qwen3: heads of keys and values, each for several queries; 0 = n_head
     head_size: int = 0  # qwen3: width of a head; 0 = n_embd / n_head
-    intermediate_size: int = 0  # qwen3: width of the MLP; 0 = 8/3 n_embd, rounded up to 64s
-    rope_theta: float = 10000.0  # qwen3: pair i of a head turns rope_theta ** (-2 i / D) per token
+    intermediate_size: int = 0  # qwen3: width of the MLP; 0 = 8/3 n_embd, up to a multiple of 64
+    rope_theta: float = 10000.0  # qwen3 (else ignored): base of RoPE; larger for longer contexts
     tie_embeddings: bool = True  # the head has the token embedding's weights; gpt2 always
 
     def check_shape(self):
         """Raise ValueError where no model can have this shape."""
         check_choices(self, arch="gpt2 qwen3")
         check_bounds(self, 1, "n_layer n_head n_embd block_size rope_theta")
-        check_bounds(self, 0, "n_kv_head head_size intermediate_size dropout")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout is {self.dropout} and must be below 1 (and at least 0)")
+        check_bounds(self, 0, "n_kv_head head_size intermediate_size")
+        check_bounds(self, 0, "dropout", below=1)
         if self.n_embd % self.n_head and not self.head_size:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
         if self.n_head % self.kv_heads:
@@ -51,8 +51,9 @@ class ModelShape:
             raise ValueError(f"n_head {self.n_head} {message}")
         if self.arch == "qwen3" and self.head_width % 2:
             raise ValueError(f"head_size {self.head_width} must be even: RoPE rotates pairs")
-        shape = (self.kv_heads, self.n_head * self.head_width, self.mlp_width, self.tie_embeddings)
-        if self.arch == "gpt2" and shape != (self.n_head, self.n_embd, 4 * self.n_embd, True):
+        widths = (self.kv_heads, self.n_head * self.head_width, self.mlp_width)
+        is_gpt2s = widths == (self.n_head, self.n_embd, 4 * self.n_embd) and self.tie_embeddings
+        if self.arch == "gpt2" and not is_gpt2s:
             names = "n_kv_head, head_size, intermediate_size and tie_embeddings"
             raise ValueError(f"{names} can be chosen for qwen3 only")
 
@@ -214,7 +215,7 @@ class SwiGLU(nn.Module):
 
 # The model
 
-MAX_LOGITS = 2**31  # computed at once: more need 64-bit indices, which are slower on a GPU
+MAX_LOGITS = 2**31  # at once: more would need 64-bit indices, which are slower on a GPU
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -320,8 +321,8 @@ class GPT(nn.Module):
         """Draw the initial weights on the CPU, each parameter's from (seed, its name) alone.
 
         GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
-        projections into the residual stream. Qwen3's c_proj weights, and lm_head where it is not
-        tied, start at zero, so that each block begins as the identity.
+        projections into the residual stream. Qwen3's c_proj weights start at zero, so that each
+        block begins as the identity; an untied lm_head, too: all tokens are equally likely then.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         zeros = ".bias" if self.config.arch == "gpt2" else ("c_proj.weight", "lm_head.weight")

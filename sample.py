@@ -6,8 +6,8 @@
     python sample.py --export_hf=hf                      a folder in Hugging Face's layout
 
 The invariant: a row of a batch gets the same tokens as it would alone. Its random numbers follow
-from (seed, number of the sample), and padding never takes part in its attention. (Up to rounding:
-in bfloat16 another batch size can change the last bit of a probability.)
+from (seed, number among the samples of its prompt), and padding never takes part in its attention.
+(Up to rounding: in bfloat16 another batch size can change the last bit of a probability.)
 """
 
 import codecs
@@ -125,7 +125,7 @@ def read_prompts(settings: SampleConfig) -> list[dict]:
     for number, line in lines:
         try:
             text = line.decode("utf-8-sig")
-            prompt = {"id": number} | json.loads(text) if is_json else {"prompt": text}
+            prompt = {"id": number} | (json.loads(text) if is_json else {"prompt": text})
             prompt["prompt"].encode()  # fails for half a character, which JSON can name
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             form = '{"prompt": "text"}, other entries allowed' if is_json else "text in UTF-8"
@@ -191,20 +191,24 @@ def complete(model: GPT, tokenizer: Tokenizer, records: list[dict], settings: Sa
         print(f"the model sees the last {context // 2} to {context}: {excess}", file=sys.stderr)
     generators = [np.random.default_rng([settings.seed, record["sample"]]) for record in records]
     noise = np.stack([generator.random(new, dtype=np.float32) for generator in generators])
-    copies = tee(generate(model, prompts, noise, tokenizer.vocab_size, settings), len(prompts))
-    rows = zip(records, range(len(records)), copies)
-    return [Completion(tokenizer, settings, *row) for row in rows]
+    columns = generate(model, prompts, noise, tokenizer.vocab_size, settings)
+    copies = tee(columns, len(prompts))  # each row reads on its own, what is generated once
+    pairs = enumerate(zip(records, copies))
+    return [Completion(tokenizer, settings, record, row, copy) for row, (record, copy) in pairs]
 
 
 class Completion:
-    """The text generated in one row, up to an end-of-text, a stop text or the longest length."""
+    """The text generated in one row, up to an end-of-text, a stop text or the longest length.
+
+    columns: what `generate` yields for all rows; `row` is the one to take.
+    """
 
     def __init__(self, tokenizer: Tokenizer, settings: SampleConfig, record, row: int, columns):
         self.tokenizer, self.max_tokens = tokenizer, settings.max_new_tokens
-        self.record, self.row, self.columns = record, row, columns  # columns: of `generate`
+        self.record, self.row, self.columns = record, row, columns
         self.stops = [stop.replace("\\n", "\n") for stop in settings.stop.split("|") if stop]
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # for whole characters
-        self.text, self.logprobs = "", []  # and its tokens'
+        self.text, self.logprobs = "", []  # logprobs: one for each of the text's tokens
         self.shown = 0  # characters that new_text has returned
         self.ended = ""  # why: "end of text", "stop" or "length"
 
@@ -251,7 +255,8 @@ class Completion:
 
 PREFILL_TOKENS = 1 << 16  # of prompts, read at once
 GPU_STEPS = 32  # between two copies of tokens from a GPU
-# one row's products become sums, tuned by search; GELU is computed before them, not for each term
+# The first tunes kernels by search. The second computes GELU once, not again for each of the sums
+# that read it, into which the products of a single row are turned.
 INDUCTOR = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 4}
 
 
@@ -297,8 +302,10 @@ class Batch:
         self.noise = torch.from_numpy(noise).to(device)  # (B, new tokens), as the next two
         self.logprobs = torch.zeros_like(self.noise)
         self.tokens = torch.zeros_like(self.noise, dtype=torch.long)
-        self.newest = torch.zeros_like(self.tokens[:, :1])  # that are not in the cache yet, (B, 1)
-        self.column = torch.zeros_like(self.tokens[0, :1])  # that the next step computes
+        self.newest = torch.zeros_like(
+            self.tokens[:, :1]
+        )  # each row's newest token, not in the cache
+        self.column = torch.zeros_like(self.tokens[0, :1])  # the column that the next step computes
         B, new = noise.shape
         self.is_in_text = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
         slots = round_up(max(map(len, self.visible)) + new, 128)  # few shapes to plan for
@@ -310,7 +317,7 @@ class Batch:
         self.prefill(range(B))
 
     def prefill(self, rows: Iterable[int]):
-        """Read rows into the cache, but their newest tokens; equal ones once."""
+        """Fill the cache with all but the newest token of rows; equal rows are computed once."""
         rows_of = defaultdict(list)
         for row in rows:
             rows_of[tuple(self.visible[row][:-1])].append(row)
@@ -417,7 +424,7 @@ class LayerCache:
 
 
 def prepare_to_decode(model: GPT, device: torch.device, dtype: str):
-    """Move the model, in eval mode. A CPU multiplies one row faster by wide weights transposed."""
+    """Move the model, in eval mode. On a CPU, wide weights are stored transposed: faster."""
     name = hardware.best_dtype(device) if dtype == "auto" else dtype
     model.to(device, getattr(torch, name)).eval()
     for layer in model.modules() if device.type == "cpu" else []:

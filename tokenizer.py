@@ -218,7 +218,7 @@ def train_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
 
 
 def count_pairs(pieces: list[list[int]], weights: list[int]) -> tuple[Counter, dict, list]:
-    """How often each pair occurs, the indices of the pieces with it, the most frequent first."""
+    """The count of each pair, the indices of the pieces with it, and a heap of (-count, pair)."""
     pair_counts, pieces_with = Counter(), defaultdict(set)
     for index, piece in enumerate(pieces):
         for pair in pairwise(piece):

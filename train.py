@@ -6,8 +6,9 @@
     python train.py config/small.py --init_from=resume         continue a stopped run
 
 The invariant: the batch of a step is a pure function of (seed, step), and dropout of (seed, step,
-rank). With the weights, the optimizers' state and the step, latest.pt has all that a run needs to
-continue exactly. On another number of ranks (processes, one per GPU) the batches stay the same.
+rank, micro-batch size). With the weights, the optimizers' state and the step, latest.pt has all
+that a run needs to continue exactly. On another number of ranks (processes, one per GPU) the
+batches stay the same.
 """
 
 import contextlib
@@ -138,7 +139,7 @@ def main(settings: TrainConfig):
         with start_ranks(settings) as ranks:
             dataset = open_dataset(settings, ranks)
             claim = log.claimed_folder(folder, init_from, settings.overwrite)
-            ranks.on_rank_0(lambda: stack.enter_context(claim))  # until this process ends
+            ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
             run = start_run(settings, ranks, dataset)
             is_resumed = run.settings.init_from == "resume"
             ranks.on_rank_0(lambda: log.clear_folder(folder, run.step if is_resumed else None))
@@ -186,7 +187,7 @@ class Ranks:
         code = getattr(failure, "code", INPUT_OUTPUT) if failure else 0
         code = -self.min(-code)
         if code:
-            raise failure or Failure("", code)
+            raise failure or Failure("", code)  # without a text: rank 0 says why
 
 
 @contextlib.contextmanager
@@ -308,8 +309,7 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
             hint = f"python {shlex.join(command)} (with --source=PATH for your own text)"
             raise Failure(f"{folder} does not exist; make it: {hint}")
         command[0] = Path(__file__).with_name("prepare_data.py")
-        code = subprocess.run([sys.executable, *command]).returncode
-        if code:
+        if code := subprocess.run([sys.executable, *command]).returncode:
             raise Failure(f"the dataset {name} could not be made", code)
 
     ranks.on_rank_0(make_if_missing)
@@ -343,9 +343,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
 
 
 def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
-    """Replace `auto` and 0: by the checkpoint's values on the same kind of device, else by what
-    suits this machine.
-    """
+    """Replace `auto` and 0 by the checkpoint's values on such a device, or by this machine's."""
     device = ranks.device.type
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
@@ -437,6 +435,7 @@ def train(run: Run) -> bool:
     with catch_stop_requests(run):
         for step in range(first_step, settings.max_steps + 1):  # the last pass validates and saves
             is_last = step == settings.max_steps
+            # a resumed run repeats neither the validation nor the save that its checkpoint has
             if step > run.val_step and (step % settings.eval_interval == 0 or is_last):
                 with meter.paused():
                     validate_and_log(run)

@@ -130,7 +130,8 @@ def check_bounds(settings, low: float, names: str, below: float = 2**63):
     for name in names.split():
         value = getattr(settings, name)
         if not low <= value < below:
-            raise ValueError(f"{name} is {value} and must be at least {low} and below {below}")
+            limit = f" and below {below}" if below < 2**63 or value >= below else ""
+            raise ValueError(f"{name} is {value} and must be at least {low}{limit}")
 
 
 def check_choices(settings, **choices: str):

@@ -156,7 +156,7 @@ def test_training_starts_at_the_loss_of_a_guess_and_reaches_every_weight(shape):
     [
         (dict(n_embd=33), "n_embd 33 must be a multiple of n_head 2"),
         (dict(n_layer=0), "n_layer is 0 and must be at least 1"),
-        (dict(dropout=1.0), "dropout is 1.0 and must be below 1"),
+        (dict(dropout=1.0), "dropout is 1.0 and must be at least 0 and below 1"),
         (dict(arch="llama"), "arch is 'llama' and must be one of gpt2, qwen3"),
         (dict(n_kv_head=1), "can be chosen for qwen3 only"),
         (dict(tie_embeddings=False), "can be chosen for qwen3 only"),
