@@ -15,7 +15,6 @@ import contextlib
 import inspect
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -208,7 +207,7 @@ def start_ranks(settings: TrainConfig):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=settings.distributed_timeout)
     dist.init_process_group(backend, None, timeout, world_size, rank, store)
-    with shared_failure(store):
+    with config.shared_failure(store):
         yield Ranks(rank, world_size, device)
     try:
         if device.type == "cpu":
@@ -216,28 +215,6 @@ def start_ranks(settings: TrainConfig):
         dist.destroy_process_group()
     except RuntimeError as error:  # a rank that has ended; the last checkpoint is written
         print(f"rank {rank}, after the training: {error!r:.200}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def shared_failure(store):
-    """Have all ranks end with the exit code of the first that fails, which alone says why."""
-    try:
-        yield
-        return
-    except (Failure, OSError) as error:
-        message, code = str(error), getattr(error, "code", INPUT_OUTPUT)
-    except RuntimeError as error:  # of a collective, when another rank has ended
-        if not re.search("gloo|nccl|Connection|Timed out", str(error)):
-            raise
-        message, code = f"another rank ended or did not answer: {error!r:.200}", INPUT_OUTPUT
-    if message:  # else it is known that another rank is the first
-        this = first = f"{code} {config.RANK}"
-        with contextlib.suppress(RuntimeError):  # the launcher, which has the store, is gone
-            first = store.compare_set("failure", "", this).decode()
-        if first == this:
-            config.print_error(message)
-        code = int(first.split()[0])
-    raise Failure("", code)
 
 
 # The start of a run
@@ -432,6 +409,8 @@ def train(run: Run) -> bool:
     flops = run.model.flops_per_token(settings.block_size)
     meter = log.Meter(settings.max_steps, settings.batch_tokens, flops, peak)
     batch = micro_batch(run, first_step, 0)
+    if run.writer and ranks.device.type == "cuda":
+        run.writer.reserve(4 * list(run.model.parameters()))  # latest.pt has two moments; best.pt
     with catch_stop_requests(run):
         for step in range(first_step, settings.max_steps + 1):  # the last pass validates and saves
             is_last = step == settings.max_steps

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from operator import add, floordiv, mul, neg, pos, sub, truediv
 from pathlib import Path
@@ -89,6 +90,41 @@ def exit_on_failure(less_memory: str = ""):
         time.sleep(10 if RANK else 0)
         print_error(message)
     end_process(code)
+
+
+@contextlib.contextmanager
+def shared_failure(store):
+    """Have all ranks end with the exit code of the first that fails, which alone says why.
+
+    store: the one that the ranks of torch.distributed share.
+    """
+    threading.Thread(target=end_with_first, args=(store,), daemon=True).start()
+    try:
+        yield
+        return
+    except (Failure, OSError) as error:
+        message, code = str(error), getattr(error, "code", INPUT_OUTPUT)
+    except RuntimeError as error:  # of a collective, when another rank has ended
+        if not re.search("gloo|nccl|Connection|Timed out", str(error)):
+            raise
+        message, code = f"another rank ended or did not answer: {error!r:.200}", INPUT_OUTPUT
+    if message:  # else another rank is the first
+        this = first = f"{code} {RANK}"
+        with contextlib.suppress(RuntimeError):  # the launcher, which has the store, is gone
+            first = store.compare_set("failure", "", this).decode()
+        if first == this:
+            print_error(message)
+        code = int(first.split()[0])
+    raise Failure("", code)
+
+
+def end_with_first(store):
+    """End this process if another rank has failed and this one waits for it on its GPU."""
+    with contextlib.suppress(RuntimeError):  # the launcher is gone
+        while not store.check(["failure"]):
+            time.sleep(1)
+        time.sleep(5)  # in which a rank that does not wait ends by itself
+        os._exit(int(store.get("failure").split()[0]))
 
 
 def print_error(message: str):
