@@ -159,6 +159,7 @@ def score(model: GPT, documents: Iterable, settings: EvaluateConfig) -> list[Sco
     is_compiled = settings.compile and device.type == "cuda"
     forward = torch.compile(model, dynamic=False) if is_compiled else model
     dtype = hardware.best_dtype(device) if settings.dtype == "auto" else settings.dtype
+    model.dtype = getattr(torch, dtype)
     batch_tokens = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
     scores = []
     windows = windows_of(documents, scores, context, stride)
@@ -170,8 +171,7 @@ def score(model: GPT, documents: Iterable, settings: EvaluateConfig) -> list[Sco
             batch, chunk = chunk[:rows], chunk[rows:]
             shape = (rows if is_compiled else len(batch), length)  # compiled: one shape for all
             tokens, targets = (torch.from_numpy(x).to(device) for x in padded(batch, shape))
-            with hardware.autocast(device.type, dtype):
-                sums = forward(tokens, targets).sum(1)
+            sums = forward(tokens, targets).sum(1)
             for (document, _, _), nats in zip(batch, sums.tolist()):
                 document.nats += nats
     return scores

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib.util
+import math
 import sys
 
 import torch
@@ -39,15 +40,17 @@ def best_training_dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cpu" and has_units() else best_dtype(device)
 
 
-def autocast(device_type: str, dtype: str):
-    """Inside, matrix products are in bfloat16 if dtype says so; weights and norms stay in fp32."""
-    return torch.autocast(device_type, torch.bfloat16, enabled=dtype == "bfloat16")
+def choose_compile(device: torch.device, dtype: str, flops: float) -> str:
+    """What to compile for a run of so many FLOPs: model, blocks or off.
 
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile is worth it here: an NVIDIA GPU not too old for triton."""
+    The whole model is faster than its blocks, but takes longer to compile: it pays in runs of more
+    than about 20 minutes. Without an NVIDIA GPU that triton knows nothing is compiled.
+    """
     has_triton = importlib.util.find_spec("triton") is not None
-    return device.type == "cuda" and has_triton and torch.cuda.get_device_capability() >= (7, 0)
+    if device.type != "cuda" or not has_triton or torch.cuda.get_device_capability() < (7, 0):
+        return "off"
+    seconds = flops / (0.4 * peak_flops(device, dtype) or math.inf)
+    return "model" if seconds > 1200 else "blocks"
 
 
 def keep_freed_memory():
@@ -76,7 +79,7 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def fitting_micro_batch_size(model, sequences: int, block_size: int, dtype: str) -> int:
+def fitting_micro_batch_size(model, sequences: int, block_size: int) -> int:
     """The largest divisor of `sequences` whose forward and backward fit; 0 where not even 1 does.
 
     sequences: a rank's share of a step. Tried uncompiled, which needs more memory than compiled. A
@@ -88,10 +91,10 @@ def fitting_micro_batch_size(model, sequences: int, block_size: int, dtype: str)
     sizes = [size for size in range(max_size, 0, -1) if sequences % size == 0]
     if device.type != "cuda":
         return sizes[0]
-    return next((size for size in sizes if fits(model, size, block_size, dtype)), 0)
+    return next((size for size in sizes if fits(model, size, block_size)), 0)
 
 
-def fits(model, sequences: int, block_size: int, dtype: str) -> bool:
+def fits(model, sequences: int, block_size: int) -> bool:
     """Whether a forward and a backward fit the GPU, beside 12 bytes per parameter.
 
     These are kept for the optimizer's two moments and for data parallelism's copy of the gradients.
@@ -101,9 +104,7 @@ def fits(model, sequences: int, block_size: int, dtype: str) -> bool:
         bytes_kept = 12 * sum(parameter.numel() for parameter in model.parameters())
         reserve = torch.empty(bytes_kept, dtype=torch.uint8, device=device)
         tokens = torch.zeros(sequences, block_size, dtype=torch.int64, device=device)
-        with autocast(device.type, dtype):
-            loss = model(tokens, tokens).mean()
-        loss.backward()
+        model(tokens, tokens).mean().backward()
         del reserve
         return True
     except torch.OutOfMemoryError:

@@ -93,9 +93,28 @@ def round_up(size: float, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
 
 
-def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-    """A layer without initial weights: GPT.init_weights or a checkpoint fills them."""
-    return skip_init(nn.Linear, inputs, outputs, bias=bias)
+class Linear(nn.Linear):
+    """Computes in its input's type, which can be bfloat16 while the weights are in fp32.
+
+    Its weights are uninitialised: GPT.init_weights or a checkpoint fills them.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__(inputs, outputs, bias)
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.type_as(x)
+        return F.linear(x, self.weight.type_as(x), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, in the type of its weights. Ba et al. 2016."""
+
+    def forward(self, x):
+        return super().forward(x.type_as(self.weight)).type_as(x)
 
 
 def attend(q, k, v, dropout: float, cache=None):
@@ -122,8 +141,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.c_attn = linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one
-        self.c_proj = linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rope=None, cache=None):  # rope is Qwen3's
         q, k, v = (y.unflatten(2, (self.config.n_head, -1)) for y in self.c_attn(x).chunk(3, dim=2))
@@ -135,8 +154,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -185,12 +204,12 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.c_q = linear(config.n_embd, config.n_head * config.head_width)
-        self.c_k = linear(config.n_embd, config.kv_heads * config.head_width)
-        self.c_v = linear(config.n_embd, config.kv_heads * config.head_width)
+        self.c_q = Linear(config.n_embd, config.n_head * config.head_width)
+        self.c_k = Linear(config.n_embd, config.kv_heads * config.head_width)
+        self.c_v = Linear(config.n_embd, config.kv_heads * config.head_width)
         self.q_norm = RMSNorm(config.head_width)  # Dehghani et al. 2023
         self.k_norm = RMSNorm(config.head_width)
-        self.c_proj = linear(config.n_head * config.head_width, config.n_embd)
+        self.c_proj = Linear(config.n_head * config.head_width, config.n_embd)
 
     def forward(self, x, rope, cache=None):
         layers = (self.c_q, self.c_k, self.c_v)
@@ -205,9 +224,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate = linear(config.n_embd, config.mlp_width)  # Qwen3's gate_proj
-        self.c_fc = linear(config.n_embd, config.mlp_width)  # its up_proj
-        self.c_proj = linear(config.mlp_width, config.n_embd)  # its down_proj
+        self.c_gate = Linear(config.n_embd, config.mlp_width)  # Qwen3's gate_proj
+        self.c_fc = Linear(config.n_embd, config.mlp_width)  # its up_proj
+        self.c_proj = Linear(config.mlp_width, config.n_embd)  # its down_proj
 
     def forward(self, x):
         return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
@@ -220,7 +239,7 @@ MAX_LOGITS = 2**31  # at once: more would need 64-bit indices, which are slower 
 
 def make_norm(config: GPTConfig) -> nn.Module:
     is_gpt2 = config.arch == "gpt2"
-    return nn.LayerNorm(config.n_embd, bias=config.bias) if is_gpt2 else RMSNorm(config.n_embd)
+    return LayerNorm(config.n_embd, bias=config.bias) if is_gpt2 else RMSNorm(config.n_embd)
 
 
 class Block(nn.Module):
@@ -252,6 +271,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: recompute all but the blocks' inputs
+        self.dtype = None  # of the residual stream and all products; None: that of the weights
         self.wte = skip_init(nn.Embedding, config.padded_vocab_size, config.n_embd)  # of tokens
         if config.arch == "gpt2":
             self.wpe = skip_init(nn.Embedding, config.block_size, config.n_embd)  # of positions
@@ -260,7 +280,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config)
-        self.lm_head = linear(config.n_embd, config.padded_vocab_size)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight  # Press & Wolf 2017
 
@@ -308,7 +328,7 @@ class GPT(nn.Module):
             x = x + self.wpe(positions)
         else:
             rope = self.rope[:, positions]  # (2, T, 1, D) or (2, B, T, 1, D)
-        x = self.drop(x)
+        x = self.drop(x if self.dtype is None else x.to(self.dtype))
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
                 x = checkpoint(block, x, rope, use_reentrant=False)

@@ -78,8 +78,8 @@ class TrainConfig(ModelShape):
     sample_prompt: str = ""  # text that the trained model continues; "" = off
     distributed_timeout: int = 10  # minutes after which a rank gives up waiting for the others
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where it is fast
-    compile: str = "auto"  # on, off, or auto: on for cuda
+    dtype: str = "auto"  # of activations: float32, bfloat16, or auto: bfloat16 where it is fast
+    compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: bool = False  # less memory for about a third more compute
 
     def check(self):
@@ -92,7 +92,7 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
-        config.check_choices(self, compile="auto on off")
+        config.check_choices(self, compile="auto model blocks off")
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
@@ -326,8 +326,12 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
+    model.dtype = getattr(torch, dtype)
     if compiled == "auto":
-        compiled = before.get("compile") or ("on" if hardware.can_compile(ranks.device) else "off")
+        flops = model.flops_per_token(settings.block_size) * settings.batch_tokens
+        flops *= settings.max_steps / ranks.world_size
+        compiled = before.get("compile", "on").replace("on", "")  # 0.2 knew on and off
+        compiled = compiled or hardware.choose_compile(ranks.device, dtype, flops)
     same_devices = (
         bool(before) and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
     )
@@ -335,7 +339,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         size = size or before["micro_batch_size"]
     if not size:
         share = settings.step_sequences // ranks.world_size
-        size = hardware.fitting_micro_batch_size(model, share, settings.block_size, dtype)
+        size = hardware.fitting_micro_batch_size(model, share, settings.block_size)
         size = ranks.min(size)
     if not size:
         raise Failure(
@@ -360,8 +364,12 @@ def build_model(settings: TrainConfig, dataset: Dataset, saved: dict) -> GPT:
 
 def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Module:
     """The model as the loop calls it: compiled, then data-parallel. Each rank has all weights."""
-    if settings.compile == "on":
+    if settings.compile == "model":
         model.compile()
+    if settings.compile == "blocks":  # all have the same code, which is compiled once
+        for block in model.h:
+            block.compile()
+        model.cross_entropy = torch.compile(model.cross_entropy)
     if ranks.world_size == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters
@@ -395,7 +403,8 @@ def describe(run: Run) -> str:
         f"steps of {settings.batch_tokens:,} are {epochs:.2f} epochs\n"
         f"batch: {settings.micro_batch_size} sequences of {settings.block_size} "
         f"x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
-        f"on {settings.device} in {settings.dtype}" + log.warn_of_room(run.folder, 12 * parameters)
+        f"on {settings.device} in {settings.dtype}, compile {settings.compile}"
+        + log.warn_of_room(run.folder, 12 * parameters)
     )
 
 
@@ -437,8 +446,7 @@ def train(run: Run) -> bool:
             for micro_step in range(run.micro_steps):
                 # DDP (which alone reads this flag) averages the gradients in the last backward
                 forward.require_backward_grad_sync = micro_step == run.micro_steps - 1
-                with hardware.autocast(settings.device, settings.dtype):
-                    loss = forward(*batch).mean() / run.micro_steps
+                loss = forward(*batch).mean() / run.micro_steps
                 # While the device works; after the last micro-step, the next step's first batch
                 batch = micro_batch(run, step, micro_step + 1)
                 loss.backward()
@@ -590,7 +598,6 @@ def validate_and_log(run: Run):
         run.best_val_loss, run.is_best = loss, True
 
 
-@torch.no_grad()
 def validate(run: Run) -> float | None:
     """The mean loss, in nats per token, of fixed windows spread evenly over the validation text.
 
@@ -600,8 +607,8 @@ def validate(run: Run) -> float | None:
     size = settings.micro_batch_size
     count = min(len(windows), max(1, settings.eval_tokens // settings.block_size))
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
-    total = 0.0
-    run.model.eval()
+    total, is_compiled = 0.0, settings.compile != "off"
+    run.model.train(is_compiled and not settings.dropout)  # without dropout both modes are the same
     for first in range(ranks.rank * size, count + ranks.rank * size, size * ranks.world_size):
         if ranks.any(run.must_stop()):
             run.model.train()
@@ -610,7 +617,7 @@ def validate(run: Run) -> float | None:
         rows = np.resize(indices, size)  # the last batch is filled up: no shape to compile anew
         tokens, targets = to_device(windows[rows], ranks.device)
         targets[len(indices) :] = -1
-        with hardware.autocast(settings.device, settings.dtype):
+        with torch.set_grad_enabled(is_compiled):  # as in training: no graph to compile anew
             total += run.model(tokens, targets).sum().item()
     run.model.train()
     total = ranks.sum(torch.tensor(total, dtype=torch.float64)).item()

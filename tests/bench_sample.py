@@ -92,9 +92,10 @@ def bench_scoring(model: GPT, settings: BenchConfig, device: torch.device):
     dtype = hardware.best_dtype(device)
     forward = torch.compile(model) if is_cuda else model
 
+    model.dtype = getattr(torch, dtype)
+
     def train_forward():
-        with hardware.autocast(device.type, dtype):
-            forward(tokens, tokens)
+        forward(tokens, tokens)
 
     forwards = [tokens.numel() / value for value in seconds(device, train_forward, 20)]
     show("forward of training", forwards, "tokens/s")
@@ -116,8 +117,7 @@ def bench_plain(model: GPT, settings: BenchConfig, device: torch.device):
     def generate():
         tokens = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=device)
         for _ in range(settings.new_tokens):
-            with hardware.autocast(device.type, hardware.best_dtype(device)):
-                logits = model.logits(tokens[:, -model.config.block_size :])[:, -1] / 0.8
+            logits = model.logits(tokens[:, -model.config.block_size :])[:, -1] / 0.8
             lowest = logits.topk(min(200, logits.size(-1))).values[:, -1:]
             probabilities = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
             tokens = torch.cat((tokens, torch.multinomial(probabilities, 1)), dim=1)

@@ -29,12 +29,11 @@ WARMUP_STEPS, STEPS = 5, 20
 
 def main(settings: train.TrainConfig):
     run = start_run(settings)
-    forward = train.parallelize(run)
     limit = matrix_product_flops(run.ranks.device, getattr(torch, run.settings.dtype))
     seconds, updates = [], []
     for step in range(WARMUP_STEPS + STEPS):
         train.set_learning_rates(run, step)  # at a rate of 0 weights stay 0 and multiply faster
-        taken, by_optimizer = time_step(run, forward)
+        taken, by_optimizer = time_step(run)
         seconds.append(taken)
         updates.append(by_optimizer)
     report(run, seconds, limit)
@@ -53,21 +52,22 @@ def start_run(settings: train.TrainConfig) -> train.Run:
     model = GPT(GPTConfig(vocab_size=VOCAB_SIZE, **shape))
     model.init_weights(settings.seed)
     model.activation_checkpointing = settings.activation_checkpointing
-    settings = train.resolve_auto(settings, ranks, model.to(ranks.device), None)
-    return train.Run(settings, ranks, None, model, train.make_optimizers(model, settings, ranks))
+    settings = train.resolve_auto(settings, ranks, model.to(ranks.device), {})
+    optimizers = train.make_optimizers(model, settings)
+    return train.Run(
+        settings, ranks, None, model, train.parallelize(model, settings, ranks), optimizers
+    )
 
 
-def time_step(run: train.Run, forward) -> tuple[float, list[float]]:
+def time_step(run: train.Run) -> tuple[float, list[float]]:
     """The seconds of one step on random tokens, and of each optimizer's update in it."""
     settings, device, updates = run.settings, run.ranks.device, []
     shape = (run.micro_steps, settings.micro_batch_size, settings.block_size + 1)
     tokens = torch.randint(VOCAB_SIZE, shape, device=device)
     started = now(device)
     for windows in tokens:
-        with hardware.autocast(settings.device, settings.dtype):
-            losses = forward(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
-            loss = losses.mean() / run.micro_steps
-        loss.backward()
+        losses = run.forward(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+        (losses.mean() / run.micro_steps).backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
     for optimizer in run.optimizers:
         update_started = now(device)

@@ -164,7 +164,9 @@ def test_an_error_as_ranks_part_is_only_printed(monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind, fast", [("gpt2", []), ("qwen3", []), ("gpt2", ["--compile=on"])])
+@pytest.mark.parametrize(
+    "kind, fast", [("gpt2", []), ("qwen3", []), ("gpt2", ["--compile=blocks"])]
+)
 def test_two_gpus_equal_one(data_dir, tmp_path, kind, fast):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
