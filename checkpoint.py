@@ -12,12 +12,13 @@ import secrets
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+import config
 import files
 import hf
 from config import NO_CHECKPOINT, Failure
@@ -89,7 +90,7 @@ def read(path: Path, mmap: bool = False) -> dict:
 def load_newest(folder: Path) -> dict:
     """The sound checkpoint of a run with the highest step. Raises Failure where there is none.
 
-    A damaged one that seems newer is renamed, so that no later checkpoint takes its place.
+    A damaged one that seems newer is renamed, so that the next save does not overwrite it.
     """
     damaged = []
     for path in sorted(saved(folder), key=read_step, reverse=True):
@@ -170,8 +171,10 @@ class Writer:
         self.pool.submit(lambda: len([torch.empty_like(t, **options) for t in tensors]))
 
     def start(self, name: str, state: dict):
-        """Copy the state, which takes what a GPU's copies to pinned memory do, and write it."""
+        """Copy the state, for which alone the caller waits, and write it. Two at most are held."""
         started = time.monotonic()
+        for future in self.futures[:-1]:
+            wait([future])
         state = snapshot(state, {})
         waited = time.monotonic() - started
         self.futures.append(self.pool.submit(self.write, name, state, waited))
@@ -183,12 +186,13 @@ class Writer:
         backup = self.folder / "previous.pt" if name == "latest.pt" else None
         try:
             save(self.folder / name, state, backup)
-            seconds = f"{time.monotonic() - started:.1f} s, training waited {waited:.1f} s"
-            print(f"step {state['step']:>6,} | {name} written in {seconds}", flush=True)
         except OSError as error:
             if name == "latest.pt":
                 raise
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            config.say(f"warning: {error}")
+            return
+        seconds = f"{time.monotonic() - started:.1f} s, training waited {waited:.1f} s"
+        config.say(f"step {state['step']:>6,} | {name} written in {seconds}")
 
     def is_done(self) -> bool:
         return all(future.done() for future in self.futures)
@@ -203,7 +207,7 @@ class Writer:
 
 
 def snapshot(value, copies: dict):
-    """A copy of a state on the CPU. Copies from a GPU are made in the order of its work.
+    """A copy of a state on the CPU. On a GPU the copies are queued before later updates.
 
     copies: by address. Tensors that share memory, as tied embeddings do, share it in the copy.
     """
@@ -247,14 +251,14 @@ def check_same_run(saved: dict, settings: dict, defaults: dict, dataset):
     """
     out_dir, before, differing = settings["out_dir"], saved["settings"], []
     if "optimizers" not in saved:
-        reason = "has no optimizers' state (is it a best.pt?)"
-        raise Failure(f"{out_dir}/latest.pt {reason}", NO_CHECKPOINT)
+        reason = "its checkpoint has no optimizers' state (is it a best.pt?)"
+        raise Failure(f"{out_dir}: {reason}", NO_CHECKPOINT)
     if saved["step"] > settings["max_steps"]:
         steps = f"at step {saved['step']}, and max_steps is {settings['max_steps']}"
         raise Failure(f"{out_dir} is {steps}")
     for name, new in settings.items():
         old = before.get(name, defaults[name])
-        if name not in MAY_CHANGE and old != new:
+        if type(old) is not type(new) or (name not in MAY_CHANGE and old != new):
             differing.append(f"{name} was {old}, is {new}")
     tokenizer = restore_tokenizer(saved)
     if not tokenizer.same_ids(dataset.tokenizer):

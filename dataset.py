@@ -130,7 +130,7 @@ class Dataset:
         return digest.hexdigest()
 
     def old_fingerprint(self) -> str:
-        """The fingerprint of checkpoints before 0.3: a hash of the manifest's shard records."""
+        """The fingerprint in checkpoints of 0.1: a hash of the manifest's shard records."""
         shards = [split["shards"] for split in self.manifest.get("splits", {}).values()]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
@@ -203,7 +203,7 @@ def window_order(seed: int, first: int, count: int, windows: int) -> np.ndarray:
 def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     """What a shuffle of 0..count-1 has at `positions`, without ever holding the shuffle.
 
-    A Feistel network (Luby & Rackoff 1988) on numbers of an even count of bits. Each round maps
+    A Feistel network (Luby & Rackoff 1988) on numbers with an even number of bits. Each round maps
     the halves (left, right) to (right, left ^ f(right)). Another ^ f(right) recovers left, so no
     two inputs collide, and all rounds together are a permutation, whatever f is. Four rounds look
     random; six are used. A result of count or more is sent through again until it is below (cycle
@@ -231,8 +231,8 @@ def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
 class Shard:
     """A file of tokens, uint16 or uint32. Raises Failure for a damaged one.
 
-    Each read opens the file: one that has become shorter is an error with its name, where memory
-    mapped from it would end the process, and any number of shards needs no open file.
+    Each read opens the file, so that no file stays open, and one that has become shorter raises an
+    error with its name. (Of a memory map the process would be killed.)
     """
 
     def __init__(self, path: Path):

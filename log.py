@@ -9,7 +9,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from config import Failure
+from config import Failure, say
 from files import PARTIAL, atomic_file, locked, naming
 
 
@@ -97,7 +97,7 @@ def append_metrics(folder: Path, values: dict):
         with naming(folder / "metrics.jsonl"), open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(known) + "\n")
     except OSError as error:
-        print(f"warning: a line of the log is lost: {error}", flush=True)
+        say(f"warning: a line of the log is lost: {error}")
 
 
 def read_metrics(folder: Path) -> list[dict]:

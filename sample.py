@@ -452,7 +452,7 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SampleConfig) 
     logits, tokens = logits / settings.temperature, None
     if settings.top_k or settings.top_p < 1:  # sorted, the most likely first
         V = logits.size(-1)
-        logits, tokens = logits.topk(min(settings.top_k or V, V), sorted=settings.top_p < 1)
+        logits, tokens = logits.topk(min(settings.top_k or V, V))
     probabilities = F.softmax(logits, dim=-1)
     if settings.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities  # the sum of the more likely tokens

@@ -40,6 +40,7 @@ from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 
+LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
 
@@ -184,7 +185,7 @@ class Ranks:
             except (Failure, OSError) as error:
                 failure = error
         code = getattr(failure, "code", INPUT_OUTPUT) if failure else 0
-        code = -self.min(-code)
+        code = -self.min(-code)  # the largest
         if code:
             raise failure or Failure("", code)  # without a text: rank 0 says why
 
@@ -207,7 +208,7 @@ def start_ranks(settings: TrainConfig):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=settings.distributed_timeout)
     dist.init_process_group(backend, None, timeout, world_size, rank, store)
-    with config.shared_failure(store):
+    with config.shared_failure(store, LESS_MEMORY):
         yield Ranks(rank, world_size, device)
     try:
         if device.type == "cpu":
@@ -242,8 +243,10 @@ class Run:
         device = self.ranks.device
         self.writer = checkpoint.Writer(self.folder) if self.ranks.rank == 0 else None
         self.found_inf = torch.zeros((), device=device)  # 1 from the first step not finite
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # this step
-        self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # this rank's loss
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # that step
+        self.is_bad_here = torch.zeros(
+            (), dtype=torch.bool, device=device
+        )  # whether this rank's loss was the cause
 
     @property
     def folder(self) -> Path:
@@ -264,8 +267,7 @@ class Run:
     def print(self, text: str):
         """Print on rank 0. Training goes on where the screen's pipe or file is closed or full."""
         if self.ranks.rank == 0:
-            with contextlib.suppress(OSError):
-                print(text, flush=True)
+            config.say(text)
 
     def record(self, **values):
         """Add a line to metrics.jsonl on rank 0."""
@@ -322,7 +324,8 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
 def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     """Replace `auto` and 0 by the checkpoint's values on such a device, or by this machine's."""
     device = ranks.device.type
-    before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
+    before = asdict(TrainConfig()) | saved["settings"] if saved else {"device": ""}
+    before = before if before["device"] == device else {}
     dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
@@ -419,11 +422,11 @@ def train(run: Run) -> bool:
     meter = log.Meter(settings.max_steps, settings.batch_tokens, flops, peak)
     batch = micro_batch(run, first_step, 0)
     if run.writer and ranks.device.type == "cuda":
-        run.writer.reserve(4 * list(run.model.parameters()))  # latest.pt has two moments; best.pt
+        run.writer.reserve(4 * list(run.model.parameters()))  # latest.pt: weights, moments; best.pt
     with catch_stop_requests(run):
         for step in range(first_step, settings.max_steps + 1):  # the last pass validates and saves
             is_last = step == settings.max_steps
-            # a resumed run repeats neither the validation nor the save that its checkpoint has
+            # a resumed run does not repeat the validation that its checkpoint has
             if step > run.val_step and (step % settings.eval_interval == 0 or is_last):
                 with meter.paused():
                     validate_and_log(run)
@@ -437,7 +440,7 @@ def train(run: Run) -> bool:
             run.is_best = False
             if stop or is_last:
                 finish_saving(run)
-                return is_last
+                return run.val_step == settings.max_steps
 
             set_learning_rates(run, step)
             if settings.dropout:
@@ -662,5 +665,4 @@ def report(run: Run):
 
 
 if __name__ == "__main__":
-    hint = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
-    config.run(main, TrainConfig, hint)
+    config.run(main, TrainConfig, LESS_MEMORY)

@@ -24,7 +24,9 @@ BAD_INPUT, NOT_FINITE, NO_CHECKPOINT, IN_USE, INPUT_OUTPUT = 2, 3, 4, 5, 6  # ex
 # Settings that are, or can be, a path
 PATHS = "out_dir data_dir dataset init_from tokenizer checkpoint prompts text export_hf"
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun numbers the processes of a run
-OUT_OF_MEMORY = "DefaultCPUAllocator|out of memory|ALLOC_FAILED"  # in a RuntimeError of torch
+# In the text of torch's RuntimeErrors: memory is full; a collective lost another rank
+FULL = "DefaultCPUAllocator|out of memory|ALLOC_FAILED"
+LOST_RANK = "gloo|nccl|Connection|Timed out"
 
 
 def power(base, exponent):
@@ -74,18 +76,11 @@ def exit_on_failure(less_memory: str = ""):
         yield
         sys.stdout.flush()  # here, where an error still gets its exit code
         return
-    except Failure as failure:
-        message, code = str(failure), failure.code
-    except BrokenPipeError:  # as of `| head`
-        message, code = "", 0
-    except OSError as error:
-        message, code = f"{type(error).__name__}: {error}", INPUT_OUTPUT
-    except (MemoryError, RuntimeError) as error:  # the latter also of a CPU or of Apple's GPUs
-        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+    except BaseException as error:
+        explained = explain(error, less_memory)
+        if not explained:
             raise
-        message, code = f"memory is full; {less_memory}", BAD_INPUT
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
+    message, code = explained
     if message:  # else it is printed already
         time.sleep(10 if RANK else 0)
         print_error(message)
@@ -93,7 +88,7 @@ def exit_on_failure(less_memory: str = ""):
 
 
 @contextlib.contextmanager
-def shared_failure(store):
+def shared_failure(store, less_memory: str):
     """Have all ranks end with the exit code of the first that fails, which alone says why.
 
     store: the one that the ranks of torch.distributed share.
@@ -102,20 +97,20 @@ def shared_failure(store):
     try:
         yield
         return
-    except (Failure, OSError) as error:
-        message, code = str(error), getattr(error, "code", INPUT_OUTPUT)
-    except RuntimeError as error:  # of a collective, when another rank has ended
-        if not re.search("gloo|nccl|Connection|Timed out", str(error)):
-            raise
-        message, code = f"another rank ended or did not answer: {error!r:.200}", INPUT_OUTPUT
-    if message:  # else another rank is the first
+    except Exception as error:
+        if isinstance(error, RuntimeError) and re.search(LOST_RANK, str(error)):
+            message = f"another rank ended or did not answer: {error!r:.200}"
+            error = Failure(message, INPUT_OUTPUT)
+        message, code = explain(error, less_memory) or (None, 1)
         this = first = f"{code} {RANK}"
-        with contextlib.suppress(RuntimeError):  # the launcher, which has the store, is gone
-            first = store.compare_set("failure", "", this).decode()
-        if first == this:
-            print_error(message)
-        code = int(first.split()[0])
-    raise Failure("", code)
+        if message != "":  # else another rank is the first
+            with contextlib.suppress(RuntimeError):  # the launcher, which has the store, is gone
+                first = store.compare_set("failure", "", this).decode()
+        if message is None:  # not expected: a traceback
+            raise
+    if message and first == this:
+        print_error(message)
+    raise Failure("", int(first.split()[0]))
 
 
 def end_with_first(store):
@@ -130,6 +125,22 @@ def end_with_first(store):
 def print_error(message: str):
     source = Path(sys.argv[0]).name + (f", rank {RANK}" if RANK else "")
     print(f"{source}: {message}", file=sys.stderr, flush=True)
+
+
+def explain(error: BaseException, less_memory: str) -> tuple[str, int] | None:
+    """The message and the exit code of an expected error; None for another."""
+    if isinstance(error, Failure):
+        return str(error), error.code
+    if isinstance(error, BrokenPipeError):  # as of `| head`
+        return "", 0
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}", INPUT_OUTPUT
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    is_runtime_error = isinstance(error, RuntimeError)  # of torch, on any device
+    if isinstance(error, MemoryError) or (is_runtime_error and re.search(FULL, str(error))):
+        return f"memory is full; {less_memory}", BAD_INPUT
+    return None
 
 
 def end_process(code: int):
@@ -266,6 +277,12 @@ def help_text(settings_class, positional: str) -> str:
         setting = f"  --{field.name}={field.default!r}"
         lines.append(f"{setting:<36}  {comments.get(field.name, '')}")
     return "\n".join(lines)
+
+
+def say(text: str):
+    """Print a line that nothing depends on: a closed pipe or a full disk does not matter."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 class Progress(contextlib.AbstractContextManager):
