@@ -5,6 +5,7 @@ code. A run's folder has `latest.pt`, with the optimizers' state, `previous.pt`,
 before it, and `best.pt`, without the optimizers' state.
 """
 
+import contextlib
 import hashlib
 import math
 import pickle
@@ -66,10 +67,12 @@ def load(path: Path) -> dict:
     if not is_intact:
         raise Failure(f"{path} is damaged: it does not match its checksum", NO_CHECKPOINT)
     version = state.get("format_version", 0)
-    if version not in range(FORMAT_VERSION + 1):
+    if type(version) is not int or version not in range(FORMAT_VERSION + 1):
         message = f"{path} has format_version {version}; this version reads {FORMAT_VERSION}"
         raise Failure(message, NO_CHECKPOINT)
-    if not files.has_layout(state, CHECKPOINT):
+    steps = state.get("step"), state.get("val_step", 0)
+    is_counted = all(type(step) is int and -1 <= step < 2**63 for step in steps)
+    if not files.has_layout(state, CHECKPOINT) or not is_counted or state["step"] < 0:
         raise Failure(f"{path} lacks an entry of a checkpoint", NO_CHECKPOINT)
     return state
 
@@ -127,9 +130,10 @@ def checksum(state) -> str:
 
     Raises ValueError for a tensor that could take more memory than its file.
     """
-    digest = hashlib.sha256()
+    digest, items = hashlib.sha256(), iter(range(1_000_000))
 
     def visit(value):
+        next(items)  # fails at too many: lists that hold each other can be large in little space
         if isinstance(value, dict):
             for key in value:
                 digest.update(f"{key!r}:".encode())
@@ -161,6 +165,7 @@ class Writer:
         self.folder = folder
         self.pool = ThreadPoolExecutor(1)
         self.futures = []
+        config.BEFORE_EXIT.append(self.pool.shutdown)
 
     def reserve(self, tensors: list):
         """Get memory for copies from a GPU while training goes on: it takes a second per GB.
@@ -170,19 +175,23 @@ class Writer:
         options = dict(device="cpu", pin_memory=True)
         self.pool.submit(lambda: len([torch.empty_like(t, **options) for t in tensors]))
 
-    def start(self, name: str, state: dict):
-        """Copy the state, for which alone the caller waits, and write it. Two at most are held."""
-        started = time.monotonic()
-        for future in self.futures[:-1]:
-            wait([future])
-        state = snapshot(state, {})
-        waited = time.monotonic() - started
-        self.futures.append(self.pool.submit(self.write, name, state, waited))
+    def start(self, name: str, state: dict, started: float):
+        """Copy the state, for which alone the caller waits, and write it. Two at most are held.
 
-    def write(self, name: str, state: dict, waited: float):
-        started = time.monotonic()
+        started: when training began to wait for this.
+        """
+        wait(self.futures[:-1])
+        state, copied = snapshot(state, {}), None
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the copies are made
+            copied = torch.cuda.Event()
+            copied.record()
+        waited = time.monotonic() - started
+        self.futures.append(self.pool.submit(self.write, name, state, waited, copied))
+
+    def write(self, name: str, state: dict, waited: float, copied):
+        started = time.monotonic()
+        if copied:  # not all of the GPU's work, which can wait for a rank that has ended
+            copied.synchronize()
         backup = self.folder / "previous.pt" if name == "latest.pt" else None
         try:
             save(self.folder / name, state, backup)
@@ -220,7 +229,7 @@ def snapshot(value, copies: dict):
     key = (value.data_ptr(), value.shape)
     if key not in copies:
         copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        copies[key] = copy.copy_(value, non_blocking=True)
+        copies[key] = copy.copy_(value, non_blocking=value.is_cuda)
     return copies[key]
 
 
@@ -270,33 +279,50 @@ def check_same_run(saved: dict, settings: dict, defaults: dict, dataset):
         raise Failure(f"{out_dir} cannot be continued: {', '.join(differing)};\n{hint}")
 
 
-def restore_model(state: dict, path: Path, **changes) -> GPT:
-    """The model of a loaded checkpoint; `path` is for the message, `changes` for its config."""
+@contextlib.contextmanager
+def fitting(path: Path):
+    """What is odd in a checkpoint that is used inside, with a checksum that fits, is a Failure."""
     try:
-        config = GPTConfig(**state["model_config"] | changes)
-        if config.n_layer > len(state["model"]):
-            raise ValueError(f"{config.n_layer} layers of {len(state['model'])} tensors")
-        model = GPT(config)
-        model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if config.explain(error, ""):  # memory is full
+            raise
         raise Failure(f"{path} does not fit this version: {error!r:.200}", NO_CHECKPOINT) from None
+
+
+def restore_model(state: dict, **changes) -> GPT:
+    """The model of a loaded checkpoint, used in `fitting`; `changes` are for its config."""
+    shape, weights = GPTConfig(**state["model_config"] | changes), state["model"]
+    if shape.n_layer > len(weights):
+        raise ValueError(f"{shape.n_layer} layers of {len(weights)} tensors")
+    if any(weight.dtype != torch.float32 for weight in weights.values()):
+        raise ValueError("weights are not in float32")
+    model = GPT(shape)
+    model.load_state_dict(weights)
     return model
 
 
-def restore_optimizers(optimizers: list, saved: dict, path: Path):
-    """Give optimizers the moments of a loaded checkpoint; `path` is for a Failure's message."""
-    try:
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]  # the settings decide these
-            optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                moments = optimizer.state[parameter]
-                for name in MOMENTS[type(optimizer).__name__] if saved["step"] else ():
-                    found = moments[name].dtype, moments[name].shape
-                    if found != (torch.float32, parameter.shape):
-                        raise ValueError(f"{name} is {found}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Failure(f"{path} does not fit its model: {error!r:.200}", NO_CHECKPOINT) from None
+def restore_optimizers(optimizers: list, saved: dict):
+    """Give optimizers the moments of a loaded checkpoint, used in `fitting`."""
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        groups = optimizer.state_dict()["param_groups"]  # the settings decide these
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(parameters if saved["step"] else []):
+            moments = state["state"][number]
+            for name in MOMENTS[type(optimizer).__name__]:
+                found = moments[name].dtype, moments[name].shape
+                if found != (torch.float32, parameter.shape):
+                    raise ValueError(f"{name} is {found}")
+            if not 0 <= float(moments.get("step", 0)) < math.inf:
+                raise ValueError(f"a moment's step is {moments['step']}")
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def restore_tokenizer(state: dict) -> Tokenizer:
@@ -314,7 +340,8 @@ def open_model(name: str, out_dir: str, dropout: float = 0.0) -> tuple[GPT, Toke
     if path.is_dir():
         return open_hf(path, name, dropout)
     state = load(path)
-    model, tokenizer = restore_model(state, path, dropout=dropout), restore_tokenizer(state)
+    with fitting(path):
+        model, tokenizer = restore_model(state, dropout=dropout), restore_tokenizer(state)
     loss = f", validation loss {state['val_loss']:.4f} at step {state.get('val_step', '?')}"
     print(f"{path}: step {state['step']}{loss}", file=sys.stderr)
     return model, tokenizer

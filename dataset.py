@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Failure, Progress
-from files import has_layout, read_json, sha256_of
+from files import has_layout, read_file, read_json, sha256_of
 from hashing import hash_numbers, mix64
 from tokenizer import Tokenizer
 from tokenizer_files import load_tokenizer
@@ -110,7 +110,7 @@ class Dataset:
                 if record and hash_all and sha256_of(shard.path) != record["sha256"]:
                     raise Failure(f"{shard.path} is not the shard that manifest.json was made with")
                 largest_id = record.get("largest_id")
-                if type(largest_id) is not int and (record or not is_known):
+                if type(largest_id) is not int and (record or hash_all or not is_known):
                     largest_id = shard.largest_id()
                 if (largest_id or 0) >= self.tokenizer.vocab_size:
                     message = f"has token {largest_id}, its tokenizer {self.tokenizer.vocab_size}"
@@ -130,8 +130,9 @@ class Dataset:
         return digest.hexdigest()
 
     def old_fingerprint(self) -> str:
-        """The fingerprint in checkpoints of 0.1: a hash of the manifest's shard records."""
+        """The fingerprint in checkpoints of 0.1: of the manifest's records, or names and sizes."""
         shards = [split["shards"] for split in self.manifest.get("splits", {}).values()]
+        shards = shards or [(s.path.name, s.bytes) for s in self.train.shards + self.val.shards]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     def bits_per_byte(self, loss: float) -> float:
@@ -236,6 +237,8 @@ class Shard:
     """
 
     def __init__(self, path: Path):
+        if path.exists() and not path.is_file():
+            raise Failure(f"{path} is not a file")
         self.path, self.bytes = path, path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
         types = {magic_and_version: dtype for dtype, magic_and_version in FORMATS.items()}
@@ -331,16 +334,22 @@ def read_manifest(folder: Path) -> dict:
         raise Failure(f"{path} has format_version {version}; this version reads {MANIFEST_VERSION}")
     if not has_layout(manifest, MANIFEST):
         raise Failure(f"{path} is damaged: an entry is missing; prepare the dataset again")
-    shards = [shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-    if len(set(shards)) < len(shards) or any(Path(name).name != name for name in shards):
+    splits = [manifest["splits"][split] for split in SPLITS]
+    names = [shard["file"] for split in splits for shard in split["shards"]]
+    are_plain = all(Path(name).name == name and name.isprintable() for name in names)
+    if len(set(names)) < len(names) or not are_plain:
         raise Failure(f"{path} names a shard twice, or one that is not in {folder}")
+    compressors = [split.get("compressed_bits_per_byte", {}) for split in splits]
+    counts = [split[unit] for split in splits for unit in ("bytes", "tokens")]
+    if not all(0 < n < 2**63 for n in counts) or not all(isinstance(c, dict) for c in compressors):
+        raise Failure(f"{path} is damaged: it has impossible counts")
     return manifest
 
 
 def read_tokenizer(folder: Path, record: dict) -> Tokenizer:
     """The tokenizer of a dataset. Raises Failure where it is not the manifest's."""
     path = folder / "tokenizer.tiktoken"
-    content = path.read_bytes()
+    content = read_file(path)
     if hashlib.sha256(content).hexdigest() != record["sha256"]:
         raise Failure(f"{path} is not the one in manifest.json; prepare the dataset again")
     return Tokenizer.from_record(record, content.decode())

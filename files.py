@@ -24,10 +24,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_file(path: Path) -> bytes:
+    """What a file holds. Raises OSError, and Failure for a folder, or a pipe, which could wait."""
+    if path.exists() and not path.is_file():
+        raise Failure(f"{path} is not a file")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises OSError, or Failure if it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path).decode())
     except (ValueError, RecursionError) as error:
         raise Failure(f"{path} is damaged, or is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -57,6 +64,7 @@ def atomic_file(path: Path, backup: Path | None = None) -> Iterator:
     backup: the new name of the file that was at `path`.
     """
     partial = path.parent / PARTIAL / f"{path.name}.{secrets.token_hex(8)}"
+    old = partial.with_suffix(".old")
     try:
         with naming(path):
             partial.parent.mkdir(parents=True, exist_ok=True)
@@ -64,11 +72,14 @@ def atomic_file(path: Path, backup: Path | None = None) -> Iterator:
                 yield file
             sync(partial)  # opened again: safetensors replaces the file that was opened
             if backup and path.exists():
-                os.replace(path, backup)
+                keep_as(path, old, backup)
             os.replace(partial, path)
+            if old.exists():
+                os.replace(old, backup)  # only now, so that at each moment there are two
             sync(path.parent)  # the new name is on the disk once its folder is
     finally:
         partial.unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another process writes a file here
             partial.parent.rmdir()
 
@@ -82,6 +93,14 @@ def naming(path: Path) -> Iterator:
         if error.filename or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def keep_as(path: Path, old: Path, backup: Path):
+    """Give a file the other name `old`, or where the disk has no such links, rename it at once."""
+    try:
+        os.link(path, old)
+    except OSError:
+        os.replace(path, backup)
 
 
 def publish(folder: Path, target: Path):

@@ -44,7 +44,7 @@ class Meter:
                 values["share_of_peak"] = speed * self.peak_share
                 words.append(f"{values['share_of_peak']:.1%} of peak")
             seconds = (now - self.first_time) / (step - self.first_step) * (self.max_steps - step)
-            words.append(f"{timedelta(seconds=round(seconds))} left")
+            words.append(f"{timedelta(seconds=round(min(seconds, 1e12)))} left")
         self.last_step, self.last_time = step, now
         return values, words
 
@@ -70,17 +70,19 @@ def claimed_folder(folder: Path, init_from: str, overwrite: bool):
         yield
 
 
-def clear_folder(folder: Path, step: int | None):
-    """Remove what an earlier run left: all of it, or the log after the step that is resumed."""
-    if step is not None:
-        cut_metrics(folder, step)
+def clear_folder(run):
+    """Remove what an earlier run left: all of it, or what a resumed run makes again."""
+    if run.settings.init_from == "resume":
+        cut_metrics(run.folder, run.step, run.val_step)
         return
     for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+        (run.folder / name).unlink(missing_ok=True)
 
 
 def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
     """A line if the disk lacks room for latest.pt, previous.pt and the one that replaces them."""
+    if not folder.exists():  # on another host
+        return ""
     saved = [folder / name for name in ("latest.pt", "previous.pt")]
     room = shutil.disk_usage(folder).free
     room += sum(path.stat().st_size for path in saved if path.exists())
@@ -101,19 +103,24 @@ def append_metrics(folder: Path, values: dict):
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, up to one that a killed run left half-written."""
-    records = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records.extend(map(json.loads, lines))  # keeps those before a broken one
-    return records
+    """The lines of metrics.jsonl, but those that a kill or a full disk left half-written."""
+    records, path = [], folder / "metrics.jsonl"
+    for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
 
 
-def cut_metrics(folder: Path, step: int):
-    """Drop the lines after `step`, at which a run continues."""
-    lines = [json.dumps(record) for record in read_metrics(folder) if record["step"] <= step]
-    with atomic_file(folder / "metrics.jsonl") as file:
-        file.write("".join(line + "\n" for line in lines).encode())
+def cut_metrics(folder: Path, step: int, val_step: int):
+    """Drop the lines after `step`, at which a run continues, and a validation to be made again."""
+    records = [record for record in read_metrics(folder) if record["step"] <= step]
+    if val_step < step:
+        records = [r for r in records if r["step"] < step or "val_loss" not in r]
+    try:
+        with atomic_file(folder / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+    except OSError as error:
+        say(f"warning: the log has lines of steps that are made again: {error}")
 
 
 def perplexity(loss: float) -> float:
@@ -127,7 +134,8 @@ def print_report(folder: Path, val_loss: float, dataset):
     if dataset.manifest:
         bits_per_byte = dataset.bits_per_byte(val_loss)
         compressors = dataset.manifest["splits"]["val"].get("compressed_bits_per_byte", {})
-        others = "".join(f"; {name} needs {bits:.3f}" for name, bits in compressors.items())
+        bits = {name: value for name, value in compressors.items() if isinstance(value, float)}
+        others = "".join(f"; {name} needs {value:.3f}" for name, value in bits.items())
         print(f"{bits_per_byte:.3f} bits per byte of validation text{others}")
     print(draw_losses(folder))
     checkpoint = shlex.quote(f"--checkpoint={folder / 'latest.pt'}")

@@ -99,6 +99,8 @@ class Tokenizer:
     def from_record(cls, record: dict, text: str) -> "Tokenizer":
         """The tokenizer that `record` describes and whose `to_text` is `text`."""
         fields = {key: record[key] for key in ("added_tokens", "special_tokens") if key in record}
+        if not isinstance(fields.get("added_tokens", {}), dict):
+            raise Failure(f"{record['name']}: added_tokens is not an object")
         return replace(cls.from_text(text, record["name"], pattern_of(record)), **fields)
 
     def encode(self, text: str) -> np.ndarray:

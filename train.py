@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 
+PARENT = os.getppid()  # the process that started this one
 LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
@@ -141,8 +142,7 @@ def main(settings: TrainConfig):
             claim = log.claimed_folder(folder, init_from, settings.overwrite)
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
             run = start_run(settings, ranks, dataset)
-            is_resumed = run.settings.init_from == "resume"
-            ranks.on_rank_0(lambda: log.clear_folder(folder, run.step if is_resumed else None))
+            ranks.on_rank_0(lambda: log.clear_folder(run))
             run.print(describe(run))
             is_done = train(run)
         if is_done:
@@ -205,6 +205,8 @@ def start_ranks(settings: TrainConfig):
         yield Ranks(0, 1, device)
         return
     store, rank, world_size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(attempt, store)  # torchrun keeps what a failed attempt left in it
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=settings.distributed_timeout)
     dist.init_process_group(backend, None, timeout, world_size, rank, store)
@@ -237,7 +239,6 @@ class Run:
     best_val_loss: float = math.inf
     is_best: bool = False  # whether best.pt is to be written
     stop_requested: float = 0.0  # the time of the first signal that asked to stop
-    parent: int = field(default_factory=os.getppid)  # the process that started this one
 
     def __post_init__(self):
         device = self.ranks.device
@@ -260,7 +261,7 @@ class Run:
 
     def must_stop(self) -> bool:
         """Whether to save and end: asked to, or the launcher is gone, or a save has failed."""
-        is_orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
+        is_orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         has_failed = self.writer and self.writer.has_failed()
         return bool(self.stop_requested or is_orphan or has_failed)
 
@@ -305,19 +306,21 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         # rank 0 puts a damaged one aside, before the others read
         ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder)))
         saved = saved or checkpoint.load_newest(folder)
-        checkpoint.check_same_run(saved, asdict(settings), asdict(TrainConfig()), dataset)
+        with checkpoint.fitting(folder):
+            checkpoint.check_same_run(saved, asdict(settings), asdict(TrainConfig()), dataset)
     dataset.verify(settings.verify_data, is_known=bool(saved))
     hardware.keep_freed_memory()
-    model = build_model(settings, dataset, saved).to(ranks.device)
-    settings = resolve_auto(settings, ranks, model, saved)
-    forward = parallelize(model, settings, ranks)  # before the optimizers: it may replace weights
-    run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
-    if saved:
-        checkpoint.restore_optimizers(run.optimizers, saved, folder)
-        run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
-        run.val_loss, run.val_step = saved["val_loss"], saved.get("val_step", run.step)
-        if saved["settings"].get("eval_tokens") != settings.eval_tokens:
-            run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
+    with checkpoint.fitting(folder) if saved else contextlib.nullcontext():
+        model = build_model(settings, dataset, saved).to(ranks.device)
+        settings = resolve_auto(settings, ranks, model, saved)
+        forward = parallelize(model, settings, ranks)  # before the optimizers: may replace weights
+        run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
+        if saved:
+            checkpoint.restore_optimizers(run.optimizers, saved)
+            run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
+            run.val_loss, run.val_step = saved["val_loss"], saved.get("val_step", run.step)
+            if saved["settings"]["eval_tokens"] != settings.eval_tokens:
+                run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
     return run
 
 
@@ -348,13 +351,16 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         raise Failure(
             "not one sequence fits; try --activation_checkpointing=True or less block_size"
         )
-    return replace(settings, device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
+    changes = dict(device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
+    settings = replace(settings, **changes)
+    settings.check_batch()  # whatever a checkpoint says
+    return settings
 
 
 def build_model(settings: TrainConfig, dataset: Dataset, saved: dict) -> GPT:
     """The model of the checkpoint, another's weights, or a new one. Raises Failure."""
     if saved:
-        model = checkpoint.restore_model(saved, Path(settings.out_dir) / "latest.pt")
+        model = checkpoint.restore_model(saved)
     elif settings.fine_tunes:
         model = pretrained_model(settings, dataset)
     else:
@@ -436,7 +442,7 @@ def train(run: Run) -> bool:
                 with meter.paused():
                     save_latest(run)
             if run.is_best and run.writer:
-                run.writer.start("best.pt", run_state(run))
+                run.writer.start("best.pt", run_state(run), time.monotonic())
             run.is_best = False
             if stop or is_last:
                 finish_saving(run)
@@ -498,6 +504,10 @@ def catch_stop_requests(run: Run):
     handlers = {number: signal.signal(number, request) for number in numbers}
     try:
         yield
+    except Exception:  # a launcher's SIGTERM, which follows, must not end what is being written
+        if run.writer:
+            run.writer.pool.shutdown()
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -539,7 +549,8 @@ def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Te
     speed, words = meter.measure(run.step)
     memory, rate = hardware.memory_gib(run.ranks.device), run.optimizers[0].param_groups[0]["lr"]
     values = {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": rate}
-    run.record(step=run.step, **values, **speed, memory_gib=memory)
+    if run.step == 1 or run.step % run.settings.log_interval == 0:  # not where a run continues
+        run.record(step=run.step, **values, **speed, memory_gib=memory)
     done = f"step {run.step:>6,} of {run.settings.max_steps:,} | loss {loss:.4f}"
     run.print(" | ".join([done, *words, f"{memory:.1f} GiB"]))
 
@@ -630,10 +641,11 @@ def validate(run: Run) -> float | None:
 def save_latest(run: Run):
     """Write latest.pt while training goes on. Raises Failure where numbers are not finite."""
     stop_if_not_finite(run)
+    started = time.monotonic()
     finish_saving(run)  # one at a time
     if run.writer:
         optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-        run.writer.start("latest.pt", run_state(run) | {"optimizers": optimizers})
+        run.writer.start("latest.pt", run_state(run) | {"optimizers": optimizers}, started)
 
 
 def finish_saving(run: Run):

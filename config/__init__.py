@@ -20,6 +20,8 @@ from operator import add, floordiv, mul, neg, pos, sub, truediv
 from pathlib import Path
 
 BAD_INPUT, NOT_FINITE, NO_CHECKPOINT, IN_USE, INPUT_OUTPUT = 2, 3, 4, 5, 6  # exit codes; 0 is done
+INTERRUPTED = 130
+BEFORE_EXIT = []  # functions that wait for what is being written
 
 # Settings that are, or can be, a path
 PATHS = "out_dir data_dir dataset init_from tokenizer checkpoint prompts text export_hf"
@@ -60,8 +62,13 @@ def run(main, settings_class, less_memory: str, positional: str = ""):
             encoding = "utf-8" if mode == "w" else None
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
         setattr(sys, name, stream)
-    with exit_on_failure(less_memory):
-        main(load(settings_class, sys.argv[1:], positional))
+    try:
+        with exit_on_failure(less_memory):
+            main(load(settings_class, sys.argv[1:], positional))
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            end_now(INTERRUPTED)
+        raise
     end_process(0)
 
 
@@ -119,7 +126,7 @@ def end_with_first(store):
         while not store.check(["failure"]):
             time.sleep(1)
         time.sleep(5)  # in which a rank that does not wait ends by itself
-        os._exit(int(store.get("failure").split()[0]))
+        end_now(int(store.get("failure").split()[0]))
 
 
 def print_error(message: str):
@@ -136,7 +143,7 @@ def explain(error: BaseException, less_memory: str) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {error}", INPUT_OUTPUT
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
+        return "interrupted", INTERRUPTED
     is_runtime_error = isinstance(error, RuntimeError)  # of torch, on any device
     if isinstance(error, MemoryError) or (is_runtime_error and re.search(FULL, str(error))):
         return f"memory is full; {less_memory}", BAD_INPUT
@@ -150,8 +157,15 @@ def end_process(code: int):
     except OSError:  # a closed pipe or a full disk: Python would print a second error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        os._exit(code)
+        end_now(code)
     sys.exit(code)
+
+
+def end_now(code: int):
+    """Exit without Python's clean-up, after what is being written, but at once for Ctrl-C."""
+    for finish in BEFORE_EXIT if code != INTERRUPTED else []:
+        finish()
+    os._exit(code)
 
 
 def load(settings_class, arguments: list[str], positional: str = ""):
@@ -167,7 +181,7 @@ def load(settings_class, arguments: list[str], positional: str = ""):
         try:
             settings = settings_class(**parse(settings_class, arguments, positional))
             settings.check()
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             raise Failure(str(error)) from None
         return settings
 
@@ -224,7 +238,7 @@ def read_recipe(path: Path, settings_class) -> dict:
         near = difflib.get_close_matches(path.name, os.listdir(folder), 1)
         hint = f"; did you mean {os.path.relpath(folder / near[0])}?" if near else ""
         raise Failure(f"{path}: there is no such recipe{hint}") from None
-    except (SyntaxError, ValueError, TypeError, ArithmeticError) as error:
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise Failure(f"{path}:{getattr(error, 'lineno', None) or line}: {error}") from None
     return values
 

@@ -95,6 +95,18 @@ def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, 
     assert step == {NOT_FINITE: 5, 0: 6}.get(code, 4)
 
 
+def test_a_launcher_restarts_a_run_that_failed(data_dir, tmp_path):
+    script, whole, parts = tmp_path / "patched.py", tmp_path / "whole", tmp_path / "parts"
+    fail = "0 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '1' else os.kill(os.getpid(), 9)"
+    script.write_text(PATCHED.format(fail))
+    assert tiny_run(data_dir, whole, processes=2).returncode == 0
+    arguments = [*tiny_arguments(data_dir, parts), "--init_from=auto"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    result = run("-m", *launcher, script, *arguments, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    assert losses(whole) == losses(parts)
+
+
 @pytest.mark.slow
 def test_a_frozen_rank_is_not_waited_for_longer_than_the_timeout(data_dir, tmp_path):
     script, arguments = tmp_path / "patched.py", tiny_arguments(data_dir, tmp_path / "run")

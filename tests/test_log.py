@@ -33,7 +33,7 @@ def test_metrics_are_cut_at_a_step_and_drawn(tmp_path, monkeypatch, capsys):
         )
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # by a run that was killed
-    log.cut_metrics(tmp_path, 2)
+    log.cut_metrics(tmp_path, 2, 2)
     records = [{"step": step, "loss": 1 / step, "val_loss": 2.0} for step in (1, 2)]
     assert log.read_metrics(tmp_path) == records and log.read_metrics(tmp_path / "none") == []
     figure = pytest.importorskip("matplotlib.figure").Figure

@@ -140,7 +140,7 @@ def test_a_run_learns_and_leaves_what_it_promises(finished, data_dir):
 
 def test_validation_is_the_mean_over_its_windows(finished, data_dir):
     state = checkpoint.load(finished[0] / "latest.pt")
-    model = checkpoint.restore_model(state, finished[0]).eval()
+    model = checkpoint.restore_model(state).eval()
     windows = Dataset(data_dir / "tiny", 32).val
     count = 1000 // 32  # of eval_tokens; odd, so that the last batch of two is not full
     indices = np.linspace(0, len(windows) - 1, count).round().astype(int)
@@ -194,6 +194,7 @@ def send_when(monkeypatch, name: str, step: int, *signals):
 
 
 STOPS = [("gpt2", "validate", signal.SIGTERM, 8, 4), ("qwen3", "log_step", signal.SIGINT, 6, 4)]
+STOPS.append(("gpt2", "validate", signal.SIGUSR1, 12, 8))  # in the last validation
 
 
 @pytest.mark.parametrize("kind, name, number, step, val_step", STOPS)
@@ -234,7 +235,9 @@ def test_only_a_later_interrupt_ends_at_once(data_dir, tmp_path, monkeypatch):
     send_when(monkeypatch, "log_step", 6, signal.SIGINT)
     result = tiny_run(data_dir, tmp_path / "run")
     assert result.returncode == 0 and "stopped at step 6" in result.stdout
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=iter([10.0, 13.0]).__next__))
+    monkeypatch.setattr(
+        train, "time", SimpleNamespace(monotonic=iter([0.0, 0.0, 10.0, 13.0]).__next__)
+    )
     result = tiny_run(data_dir, tmp_path / "other")
     assert result.returncode == 130 and result.stderr.endswith("interrupted\n")
     assert checkpoint.load(tmp_path / "other" / "latest.pt")["step"] == 4
@@ -336,8 +339,18 @@ def test_what_is_not_needed_cannot_stop_training(finished, data_dir, tmp_path, m
     assert (out_dir / "mine.txt").exists() and not (out_dir / ".partial").exists()
 
 
+def test_a_full_disk_behind_standard_output_does_not_stop_training(data_dir, tmp_path):
+    arguments = conftest.tiny_arguments(data_dir, tmp_path / "run")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, conftest.ROOT / "train.py", *arguments]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+    assert process.returncode == INPUT_OUTPUT and b"Traceback" not in process.stderr
+    assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == 12
+
+
 def test_a_killed_run_continues_from_its_last_checkpoint(data_dir, tmp_path):
     intervals = ["--max_steps=60", "--checkpoint_interval=7", "--eval_interval=20"]
+    intervals.append("--log_interval=5")
     options = [*KINDS["qwen3"], "--dropout=0.2", *intervals]
     assert tiny_run(data_dir, tmp_path / "whole", *options).returncode == 0
     out_dir = tmp_path / "parts"
