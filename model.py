@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from config import check_bounds, check_choices
@@ -108,6 +107,13 @@ class Linear(nn.Linear):
     def forward(self, x):
         bias = None if self.bias is None else self.bias.type_as(x)
         return F.linear(x, self.weight.type_as(x), bias)
+
+
+class Embedding(nn.Embedding):
+    """torch's, uninitialised."""
+
+    def reset_parameters(self):
+        pass
 
 
 class LayerNorm(nn.LayerNorm):
@@ -272,9 +278,9 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # True: recompute all but the blocks' inputs
         self.dtype = None  # of the residual stream and all products; None: that of the weights
-        self.wte = skip_init(nn.Embedding, config.padded_vocab_size, config.n_embd)  # of tokens
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)  # of tokens
         if config.arch == "gpt2":
-            self.wpe = skip_init(nn.Embedding, config.block_size, config.n_embd)  # of positions
+            self.wpe = Embedding(config.block_size, config.n_embd)  # of positions
         else:  # stored: a compiler would recompute it in each layer
             self.register_buffer("rope", rope_cache(config), persistent=False)
         self.drop = nn.Dropout(config.dropout)
