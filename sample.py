@@ -108,10 +108,13 @@ def export(settings: SampleConfig):
 
 
 def continue_prompt(model: GPT, tokenizer: Tokenizer, prompt: str):
-    """Print how a model that was just trained continues a prompt. Changes the model's dtype."""
-    prepare_to_decode(model, model.wte.weight.device, "auto")
+    """Print how a model that was just trained continues a prompt."""
+    with model.wte.weight.device:
+        copy = GPT(model.config)  # not compiled, and without the dtype of training
+    copy.load_state_dict(model.state_dict())
+    prepare_to_decode(copy, model.wte.weight.device, "auto")
     settings = SampleConfig(prompt=prompt, max_new_tokens=120)
-    print_samples(model, tokenizer, read_prompts(settings), settings)
+    print_samples(copy, tokenizer, read_prompts(settings), settings)
 
 
 def read_prompts(settings: SampleConfig) -> list[dict]:

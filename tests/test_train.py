@@ -166,8 +166,9 @@ def test_micro_batch_and_bfloat16_change_only_rounding(finished, data_dir, tmp_p
         ("--micro_batch_size=0", "8 sequences of 32 x 1 micro-steps", 1e-4),  # found by the program
         ("--dtype=bfloat16", "in bfloat16", 0.05),
     ):
-        result = tiny_run(data_dir, tmp_path / option, option)
+        result = tiny_run(data_dir, tmp_path / option, option, "--sample_prompt=Chapter")
         assert result.returncode == 0 and message in result.stdout
+        assert "Chapter" in result.stdout.split("sample.py")[1]
         losses = [metrics(folder, "loss") for folder in (finished[0], tmp_path / option)]
         assert losses[0] != losses[1] and np.allclose(*losses, atol=close)
 
@@ -551,7 +552,7 @@ def test_a_gpu_trains_as_the_cpu_does(data_dir, tmp_path, kind, close):
         auto,
     ):
         options = ["--device=auto", f"--dtype={dtype}", f"--compile={compiled}"]
-        options += [*KINDS[kind], "--micro_batch_size=0", "--overwrite=True"]
+        options += [*KINDS[kind], "--micro_batch_size=0", "--overwrite=True", "--sample_prompt=a"]
         result = tiny_run(data_dir, tmp_path / "gpu", *options)
         assert result.returncode == 0 and "8 sequences of 32 x 1" in result.stdout, result.stderr
         assert f"compile {compiled.replace('auto', 'blocks')}" in result.stdout
