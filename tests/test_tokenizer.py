@@ -186,7 +186,9 @@ def test_the_pattern_of_a_file_is_known_or_asked_for(tmp_path):
     assert load(path).same_ids(mine)
     refused("splits text as gpt4, not as --split_pattern=qwen", load, path, "qwen")
     refused("there is no file", load, tmp_path / "none.tiktoken")
-
+    damaged = {"tokenizer": mine.record() | {"added_tokens": [1]}}
+    write(tmp_path / "manifest.json", json.dumps(damaged))
+    refused("added_tokens is not an object", load, path)
     for foreign in ('{"tokenizer": [1]}', '{"tokenizer": {"sha256": 3}}', "{}"):
         write(tmp_path / "manifest.json", foreign)
         refused("choose --split_pattern", load, path)
@@ -279,10 +281,9 @@ def make_chat_folder(folder, pattern: str):
     """A folder as Qwen3's: its eos_token is not <|endoftext|>, and some tokens are not special."""
     tokens = [{"id": n, "content": token, "special": n < 5002} for token, n in ADDED.items()]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    make_folder(folder, [], pattern, added_tokens=[token | flags for token in tokens])
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["vocab"] |= ADDED  # else their ids follow those of the vocabulary
-    write(folder / "tokenizer.json", json.dumps(content))
+    changes = {"added_tokens": [token | flags for token in tokens]}
+    changes["model__vocab"] = lambda vocab: vocab | ADDED  # else their ids follow the others
+    make_folder(folder, [], pattern, **changes)
     write(folder / "tokenizer_config.json", '{"eos_token": "<|im_end|>"}')
 
 
