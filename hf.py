@@ -123,10 +123,8 @@ def save(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.
     """
     safetensors, config = require_safetensors(), model.config
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    shape = {
-        theirs: getattr(config, DERIVED.get(name, name))
-        for name, theirs in SHAPE_NAMES[config.arch].items()
-    }
+    names = SHAPE_NAMES[config.arch].items()
+    shape = {theirs: getattr(config, DERIVED.get(ours, ours)) for ours, theirs in names}
     if config.arch == "qwen3":
         shape |= {"rope_theta": config.rope_theta, "tie_word_embeddings": config.tie_embeddings}
     else:  # transformers' own default is 0.1

@@ -93,10 +93,9 @@ class PrepareConfig:
 
     def check_values(self):
         """Raise ValueError where a single value makes no sense."""
-        config.check_choices(self, on_error="stop skip", clean="none basic web")
-        config.check_choices(self, format="text lines jsonl csv tsv parquet")
-        config.check_choices(self, dedupe="none exact near", split_pattern=" ".join(PATTERNS))
-        config.check_choices(self, special_tokens="text keep")
+        config.check_choices(self, format="text lines jsonl csv tsv parquet", on_error="stop skip")
+        config.check_choices(self, split_pattern=" ".join(PATTERNS), special_tokens="text keep")
+        config.check_choices(self, clean="none basic web", dedupe="none exact near")
         config.check_bounds(self, 0, "processes")
         separator = self.separator.replace("\\n", "\n")
         if separator.isspace() and separator != "\n\n":
@@ -219,12 +218,9 @@ def prepare(settings: PrepareConfig) -> Path:
 
 def with_defaults(settings: PrepareConfig) -> PrepareConfig:
     """The settings with those that are off replaced by the named dataset's."""
-    return replace(
-        settings,
-        tokenizer=settings.tokenizer or settings.named.tokenizer,
-        val_fraction=settings.val_fraction or settings.named.val_fraction,
-        separator=settings.separator or settings.named.separator,
-    )
+    names = ("tokenizer", "val_fraction", "separator")
+    values = {name: getattr(settings, name) or getattr(settings.named, name) for name in names}
+    return replace(settings, **values)
 
 
 def check_same_settings(folder: Path, settings: PrepareConfig):
@@ -254,7 +250,7 @@ def build(settings: PrepareConfig, work: Path) -> dict:
     tokenizer = None
     if not bpe_size(settings.tokenizer):
         tokenizer = load_tokenizer(settings.tokenizer, settings.split_pattern, settings.downloads)
-    reader = reader or open_named(settings)
+    reader = reader or make_reader(settings, download_named(settings))
     with Workers(settings.processes) as workers:
         corpus = collect(settings, reader, contamination, workers, work)
         kept = deduplicate(settings, corpus)
@@ -289,15 +285,22 @@ def make_manifest(settings: PrepareConfig, tokenizer: Tokenizer, splits: dict) -
     }
 
 
-def make_reader(settings: PrepareConfig, sources, on_error: str = "", **options) -> Reader:
-    names = (settings.format, settings.text_field, settings.separator, settings.encoding)
-    return Reader(sources, *names, on_error or settings.on_error, **options)
+def make_reader(settings: PrepareConfig, sources, **options) -> Reader:
+    names = ("format", "text_field", "separator", "encoding", "on_error")
+    return Reader(sources, *(getattr(settings, name) for name in names), **options)
 
 
-def open_named(settings: PrepareConfig) -> Reader:
-    """A reader of a named dataset, downloaded first where it is from elsewhere."""
-    is_here = settings.name == "stdlib"
-    return make_reader(settings, stdlib_files() if is_here else download_named(settings))
+def download_named(settings: PrepareConfig) -> list[Path]:
+    """The files of a named dataset: of this Python, or kept in data/downloads."""
+    named, downloads = settings.named, settings.downloads
+    if settings.name == "stdlib":
+        return stdlib_files()
+    if settings.name == "shakespeare":
+        path = downloads / "tinyshakespeare.txt"
+        return [files.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)]
+    source = dict(repo_type="dataset", revision=named.revision, folder=downloads / settings.name)
+    folder = files.hub_snapshot(named.repository, [named.pattern], **source)
+    return sorted(folder.glob(named.pattern))
 
 
 def stdlib_files() -> list[Path]:
@@ -306,17 +309,6 @@ def stdlib_files() -> list[Path]:
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     modules = sorted(root.rglob("*.py"))
     return [path for path in modules if not left_out & set(path.relative_to(root).parts)]
-
-
-def download_named(settings: PrepareConfig) -> list[Path]:
-    """The files of a named dataset, kept in data/downloads."""
-    named, downloads = settings.named, settings.downloads
-    if settings.name == "shakespeare":
-        path = downloads / "tinyshakespeare.txt"
-        return [files.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)]
-    source = dict(repo_type="dataset", revision=named.revision, folder=downloads / settings.name)
-    folder = files.hub_snapshot(named.repository, [named.pattern], **source)
-    return sorted(folder.glob(named.pattern))
 
 
 # Reading, cleaning, deduplication
@@ -328,7 +320,8 @@ def collect_contamination(settings: PrepareConfig, work: Path) -> Path | None:
         return None
     source, ngrams = settings.decontaminate, []
     advice = "it is read with the settings of --source, and skips no errors"
-    reader = make_reader(settings, source, "stop", setting="decontaminate", advice=advice)
+    strict = replace(settings, on_error="stop")
+    reader = make_reader(strict, source, setting="decontaminate", advice=advice)
     for text, _ in reader:
         ngrams.append(dedupe.text_ngrams(normalize(text) if settings.clean != "none" else text))
     short, words = sum(not len(hashes) for hashes in ngrams), dedupe.CONTAMINATION_WORDS
@@ -480,8 +473,7 @@ def merge(settings: PrepareConfig, work: Path) -> dict:
     for path, tokenizer in zip(paths, tokenizers):
         is_same = tokenizer.special_tokens == tokenizers[0].special_tokens
         if not is_same or not tokenizer.same_ids(tokenizers[0]):
-            names = "tokenizers or --special_tokens"
-            raise Failure(f"--merge: {path} and {paths[0]} have different {names}")
+            raise Failure(f"--merge: {path} and {paths[0]} differ in tokenizer or --special_tokens")
     folder, entries = work / "dataset", {}
     link_or_copy(paths[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     for split in SPLITS:

@@ -7,11 +7,10 @@ import gzip
 import json
 import lzma
 import os
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
@@ -24,7 +23,6 @@ LINE_CHARACTERS = 64_000_000  # a longer line of JSON or CSV is damage
 STANDARD_INPUT = Path("-")
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "JSON", ".ipynb": "JSON"}
 FORMATS |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-DAMAGED = (EOFError, ValueError, lzma.LZMAError, zlib.error)  # ValueError: pyarrow's
 OPENERS = {
     ".gz": gzip.open,
     ".xz": lzma.open,
@@ -98,7 +96,7 @@ class Reader:
             before = self.done
             try:
                 yield from self.read_file(path)
-            except (*DAMAGED, OSError) as error:
+            except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
                 self.skip_error(error, path)
             self.done = before + size
 
@@ -127,8 +125,6 @@ class Reader:
         is_one = os.path.exists(os.path.expanduser(self.sources))  # a name may contain a comma
         for part in [self.sources] if is_one else filter(None, self.sources.split(",")):
             path = Path(os.path.expanduser(part))
-            if path == STANDARD_INPUT and sys.stdin is None:  # 0 can be another file then
-                raise Failure(f"--{self.setting}=-: standard input is closed")
             is_path = path == STANDARD_INPUT or os.path.exists(path)
             matches = [path] if is_path else match_pattern(path)
             self.named.update(matches)
@@ -153,7 +149,7 @@ class Reader:
                     yield file
 
     def read_file(self, path: Path) -> Iterator[tuple[str, str]]:
-        """The documents of one file. Raises OSError, DAMAGED, and Failure."""
+        """The documents of one file. Raises Failure, and what a library raises for damage."""
         suffix, opener = path.suffix.lower(), OPENERS.get(path.suffix.lower(), nullcontext)
         suffix = Path(path.stem).suffix.lower() if suffix in OPENERS else suffix
         file_format = self.format or FORMATS.get(suffix, "text")
@@ -172,9 +168,9 @@ class Reader:
             elif not self.format and file_format in ("text", "JSON"):
                 file_format, blocks = self.find_json(file_format, blocks)
             if file_format in ("binary", "JSON"):
-                names = f".json with field {self.text_field!r} in each line"
                 fix = "convert it, or say what it is, as in --format=jsonl or --encoding=utf-16"
-                message = f"{path} is {file_format}: neither text nor {names}"
+                lines = f"lines of JSON with field {self.text_field!r}"
+                message = f"{path} is {file_format}: neither text nor {lines}"
                 self.skip(file_format, message, fix=fix, is_named=path in self.named)
             else:
                 yield from getattr(self, f"read_{file_format}")(blocks, path)
@@ -185,17 +181,14 @@ class Reader:
         jsonl: a .json file whose first line is an object with text. JSON: what else is JSON.
         """
         first = next(blocks)
-        if not first.startswith("{"):
-            return file_format, chain([first], blocks)
-        lines = lines_of(chain([first], blocks))
-        first = next(lines)
-        try:
-            if row := json.loads(first):
-                is_rows = isinstance(row.get(self.text_field, 0), str | None)
-                file_format = "jsonl" if is_rows and file_format == "JSON" else "JSON"
-        except (ValueError, RecursionError):
-            pass  # text, or an object of several lines
-        return file_format, chain([first], lines)
+        if first.startswith("{"):
+            blocks = lines_of(chain([first], blocks))
+            first = next(blocks)
+            with suppress(ValueError, RecursionError):  # text, or an object of several lines
+                if row := json.loads(first):
+                    is_rows = isinstance(row.get(self.text_field, 0), str | None)
+                    file_format = "jsonl" if is_rows and file_format == "JSON" else "JSON"
+        return file_format, chain([first], blocks)
 
     def decode(self, first: bytes, encoding: str, stream, file) -> Iterator[str]:
         """The text of `stream`, whose `first` block was read; `file` is what it decompresses."""
@@ -231,7 +224,7 @@ class Reader:
         for number, line in enumerate(lines_of(blocks), 1):
             try:
                 if line.strip():
-                    yield from self.take_text(json.loads(line), path, number)
+                    yield from self.take_text(json.loads(line), f"{path}:{number}")
             except (ValueError, RecursionError) as error:
                 self.skip("broken line", f"{path}:{number}: not JSON: {error}")
 
@@ -245,7 +238,7 @@ class Reader:
                 if row and len(row) != len(header):
                     raise csv.Error(f"{len(row)} fields, but {len(header)} in the header")
                 if row and row is not header:
-                    yield from self.take_text(dict(zip(header, row)), path, rows.line_num)
+                    yield from self.take_text(dict(zip(header, row)), f"{path}:{rows.line_num}")
             except csv.Error as error:
                 self.skip("broken line", f"{path}:{rows.line_num}: not CSV: {error}")
             except StopIteration:
@@ -262,15 +255,15 @@ class Reader:
             for batch in file.iter_batches(batch_size=256, columns=[self.text_field]):
                 for row in batch.to_pylist():
                     number += 1
-                    yield from self.take_text(others | row, path, number)
+                    yield from self.take_text(others | row, f"{path}:{number}")
                 self.done = before + self.sizes[path] * number // file.metadata.num_rows
 
-    def take_text(self, row, path: Path, number: int) -> Iterator[tuple[str, str]]:
+    def take_text(self, row, where: str) -> Iterator[tuple[str, str]]:
         """The documents of a row; null is an empty one. Raises ValueError for half a surrogate."""
         match row:
             case {self.text_field: str() | None as text}:
                 (text or "").encode()  # half a surrogate pair, which JSON can hold, is not text
-                yield from pieces_of([text or ""], f"{path}:{number}")
+                yield from pieces_of([text or ""], where)
                 return
             case {self.text_field: value}:
                 found = f"field {self.text_field!r} holds {repr(value):.60}, not text"
@@ -278,9 +271,7 @@ class Reader:
                 found = f"no field {self.text_field!r}; its fields: {str(list(row)):.300}"
             case _:
                 found = f"{repr(row):.60} is not an object"
-        self.skip(
-            "missing field", f"{path}:{number}: {found}", fix="--text_field=NAME names another"
-        )
+        self.skip("missing field", f"{where}: {found}", fix="--text_field=NAME names another")
 
 
 def match_pattern(pattern: Path) -> list[Path]:

@@ -54,6 +54,8 @@ class Tokenizer:
     def __post_init__(self):
         if self.pattern not in PATTERNS:
             raise Failure(f"{self.name}: pattern {self.pattern!r} is none of {', '.join(PATTERNS)}")
+        if not isinstance(self.added_tokens, dict):  # in a damaged manifest
+            raise Failure(f"{self.name}: added_tokens is not an object")
         self.ids = dict(sorted(self.ids.items(), key=lambda entry: entry[1]))
         self.special_ids = dict(self.added_tokens)  # with end-of-text, which can be one of these
         if self.end_of_text not in self.special_ids.values():
@@ -72,10 +74,8 @@ class Tokenizer:
         self.bytes_of[self.end_of_text] = b""
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self.special_regex = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        ends, pattern = {END_OF_TEXT: self.end_of_text}, PATTERNS[self.pattern]
-        self.encoding = tiktoken.Encoding(
-            self.name, pat_str=pattern, mergeable_ranks=self.ids, special_tokens=ends
-        )
+        options = dict(mergeable_ranks=self.ids, special_tokens={END_OF_TEXT: self.end_of_text})
+        self.encoding = tiktoken.Encoding(self.name, pat_str=PATTERNS[self.pattern], **options)
 
     @classmethod
     def from_tokens(cls, tokens: list[bytes], name: str, pattern: str) -> "Tokenizer":
@@ -99,8 +99,6 @@ class Tokenizer:
     def from_record(cls, record: dict, text: str) -> "Tokenizer":
         """The tokenizer that `record` describes and whose `to_text` is `text`."""
         fields = {key: record[key] for key in ("added_tokens", "special_tokens") if key in record}
-        if not isinstance(fields.get("added_tokens", {}), dict):
-            raise Failure(f"{record['name']}: added_tokens is not an object")
         return replace(cls.from_text(text, record["name"], pattern_of(record)), **fields)
 
     def encode(self, text: str) -> np.ndarray:

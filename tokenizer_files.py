@@ -95,9 +95,7 @@ def load_hf_tokenizer(folder: Path, name: str) -> Tokenizer:
         numbers, config = vocab | added, read_optional(folder / "config.json")
         eos, named = read_settings(folder, pattern, config.get("model_type"))
         if missing := named - numbers.keys():
-            raise Failure(
-                f"{folder}: tokenizer.json lacks {min(missing)!r:.100} of the other files"
-            )
+            raise Failure(f"{folder}: tokenizer.json lacks {min(missing)!r:.99} of another file")
         end_of_text = numbers.get(eos, numbers.get(END_OF_TEXT, config.get("eos_token_id")))
         if type(end_of_text) is not int:
             raise Failure(f"{folder}: neither an eos_token nor {END_OF_TEXT} has an id")
@@ -133,9 +131,7 @@ def read_hf(folder: Path) -> tuple[dict[str, int], list, dict[str, int], str]:
     supported = {"type": "BPE", "normalizer": NORMALIZERS.get(pattern)} | dict.fromkeys(OFF)
     for name, value in supported.items():
         if (settings.get(name) or None) != value:
-            raise Failure(
-                f"{folder}: a tokenizer of {name} {settings[name]!r:.99} is not supported"
-            )
+            raise Failure(f"{folder}: tokenizer of {name} {settings[name]!r:.99} is not supported")
     added = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
     for token in file.get("added_tokens", []):
         if not token["content"] or any(map(token.get, ("single_word", "lstrip", "rstrip"))):
@@ -153,9 +149,7 @@ def pattern_in(pre_tokenizer: dict, folder: Path) -> str:
     for pattern in PATTERNS:
         if (splits, uses_regex) == (split_steps(pattern), pattern == "gpt2"):
             return pattern
-    raise Failure(
-        f"{folder}: it splits text by none of {', '.join(PATTERNS)}, but by {splits!s:.200}"
-    )
+    raise Failure(f"{folder} splits text by {splits!s:.200}, not as {', '.join(PATTERNS)} do")
 
 
 def split_steps(pattern: str) -> list[dict]:
@@ -175,9 +169,7 @@ def merged_ids(vocab: dict, merges: list, special: set[str], folder: Path) -> di
     characters = byte_characters()
     made = {*characters} | {left + right for left, right in merges}
     if others := vocab.keys() - made - special:
-        raise Failure(
-            f"{folder}: entry {min(others)!r:.100} is neither byte, nor merged, nor special"
-        )
+        raise Failure(f"{folder}: {min(others)!r:.100} is neither byte, nor merged, nor special")
     ids = {bytes(characters[c] for c in entry): vocab[entry] for entry in made}
     for merge, implied in zip_longest(merges, implied_merges(ids)):
         if [bytes(characters[c] for c in part) for part in merge] != implied:

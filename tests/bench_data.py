@@ -56,9 +56,8 @@ def main(settings: BenchConfig):
 
 
 def open_source(settings: BenchConfig) -> Reader:
-    if settings.source:
-        return prepare_data.make_reader(settings, settings.source)
-    return prepare_data.open_named(settings)
+    sources = settings.source or prepare_data.download_named(settings)
+    return prepare_data.make_reader(settings, sources)
 
 
 def bench_stages(texts: list[str], settings: BenchConfig, work: Path):

@@ -329,7 +329,7 @@ def test_datasets_that_do_not_fit_are_not_merged(tmp_path):
     one, gpt4 = (tmp_path / "data" / name for name in ("one", "gpt4"))
     path = write_tokenizer(tmp_path / "x.tiktoken", BYTES)
     prepared(tmp_path, [GOOD], name="gpt4", tokenizer=path, split_pattern="gpt4")
-    fails("gpt4 and .*one have different tokenizers", tmp_path, merge=f"{one},{gpt4}")
+    fails("gpt4 and .*one differ in tokenizer", tmp_path, merge=f"{one},{gpt4}")
     fails("is not a dataset of prepare_data.py", tmp_path, merge=f"{one},{tmp_path}")
     fails("is not a dataset", tmp_path, merge="~nobody-of-that-name/one,")
     fails("name at least one folder, and none twice", tmp_path, merge=f"{one},{gpt4},{one}")
@@ -373,7 +373,8 @@ def test_shards_from_the_hub_become_a_dataset_as_they_are(tmp_path, hub):
 
 
 def test_stdlib_is_the_modules_without_tests():
-    documents = [text for text, _ in prepare_data.open_named(PrepareConfig(name="stdlib"))]
+    paths = prepare_data.download_named(PrepareConfig(name="stdlib"))
+    documents = [path.read_text("utf-8") for path in paths]
     assert len(documents) > 300 and 5e6 < sum(map(len, documents)) < 50e6
     assert any("class HTTPConnection:" in document for document in documents)
     assert not any("class BaseTaskTests" in document for document in documents)  # of test_asyncio
@@ -415,4 +416,4 @@ def test_special_tokens_in_text_are_reported_and_kept_on_request(tmp_path, capsy
     assert "40 `<|endoftext|>` became special tokens." in (folder / "report.md").read_text()
     plain = prepare_data.prepare(settings_for(tmp_path, texts, name="plain"))
     settings = settings_for(tmp_path, name="all", merge=f"{folder},{plain}")
-    refused("have different tokenizers or --special_tokens", prepare_data.prepare, settings)
+    refused("differ in tokenizer or --special_tokens", prepare_data.prepare, settings)

@@ -36,6 +36,14 @@ def load(path, pattern="") -> tk.Tokenizer:
     return tf.load_tokenizer(str(path), pattern, downloads=path.parent)
 
 
+def restored(tokenizer: tk.Tokenizer) -> tk.Tokenizer:
+    """The tokenizer from its record and file, after asserting that nothing is lost."""
+    again = tk.Tokenizer.from_record(tokenizer.record(), tokenizer.to_text())
+    assert again.same_ids(tokenizer) and again.record() == tokenizer.record()
+    assert again.end_of_text == tokenizer.end_of_text
+    return again
+
+
 def naive_bpe(counts: Counter, vocab_size: int) -> list[bytes]:
     """The definition: count all pairs, merge the most frequent one everywhere, repeat."""
     tokens = [bytes([byte]) for byte in range(256)]
@@ -140,9 +148,8 @@ def test_a_tokenizer_survives_its_file():
     first = tk.Tokenizer("x", "gpt2", {token: 1 + i for i, token in enumerate(tokens)}, 0)
     far = tk.Tokenizer("x", "gpt2", {token: 2 * i for i, token in enumerate(tokens)}, 999)
     for tokenizer, vocab_size in ((plain, 259), (first, 259), (far, 1000)):
-        again = tk.Tokenizer.from_record(tokenizer.record(), tokenizer.to_text())
-        assert again.same_ids(tokenizer) and again.record() == tokenizer.record()
-        assert again.end_of_text == tokenizer.end_of_text and again.vocab_size == vocab_size
+        again = restored(tokenizer)
+        assert again.vocab_size == vocab_size
         assert again.encode("ababab").tolist() == tokenizer.encode("ababab").tolist()
     assert far.decode([999, 194, 195, 196]) == b"ab"  # ids without meaning have no bytes
     assert not plain.same_ids(first)
@@ -179,7 +186,9 @@ def test_the_pattern_of_a_file_is_known_or_asked_for(tmp_path):
     assert load(path).same_ids(mine)
     refused("splits text as gpt4, not as --split_pattern=qwen", load, path, "qwen")
     refused("there is no file", load, tmp_path / "none.tiktoken")
-
+    damaged = {"tokenizer": mine.record() | {"added_tokens": [1]}}
+    write(tmp_path / "manifest.json", json.dumps(damaged))
+    refused("added_tokens is not an object", load, path)
     for foreign in ('{"tokenizer": [1]}', '{"tokenizer": {"sha256": 3}}', "{}"):
         write(tmp_path / "manifest.json", foreign)
         refused("choose --split_pattern", load, path)
@@ -243,8 +252,7 @@ def test_a_folders_tokenizer_makes_the_same_ids(tmp_path, special, end, pattern)
     tokenizer = load(folder)
     assert (tokenizer.end_of_text, tokenizer.pattern) == (end, pattern)
     assert tokenizer.vocab_size > 300 and our_ids(tokenizer, texts) == their_ids(folder, texts)
-    again = tk.Tokenizer.from_record(tokenizer.record(), tokenizer.to_text())
-    assert again.same_ids(tokenizer) and again.end_of_text == end
+    restored(tokenizer)
     refused(f"splits text as {pattern}, not as --split_pattern=gpt4", load, folder, "gpt4")
 
 
@@ -273,10 +281,9 @@ def make_chat_folder(folder, pattern: str):
     """A folder as Qwen3's: its eos_token is not <|endoftext|>, and some tokens are not special."""
     tokens = [{"id": n, "content": token, "special": n < 5002} for token, n in ADDED.items()]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    make_folder(folder, [], pattern, added_tokens=[token | flags for token in tokens])
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["vocab"] |= ADDED  # else their ids follow those of the vocabulary
-    write(folder / "tokenizer.json", json.dumps(content))
+    changes = {"added_tokens": [token | flags for token in tokens]}
+    changes["model__vocab"] = lambda vocab: vocab | ADDED  # else their ids follow the others
+    make_folder(folder, [], pattern, **changes)
     write(folder / "tokenizer_config.json", '{"eos_token": "<|im_end|>"}')
 
 
@@ -295,8 +302,7 @@ def test_added_tokens_are_kept_or_plain_text(tmp_path, pattern):
     assert plain.special_regex.findall("<<think>>!a<think>!") == ["<think>", "<think>!"]
     assert keep.decode([5002, 5001]) == b"<think>"
     for tokenizer in (plain, keep):
-        again = tk.Tokenizer.from_record(tokenizer.record(), tokenizer.to_text())
-        assert again.same_ids(tokenizer) and again.record() == tokenizer.record()
+        restored(tokenizer)
         write(tmp_path / "set" / "x.tiktoken", tokenizer.to_text())
         write(tmp_path / "set" / "manifest.json", json.dumps({"tokenizer": tokenizer.record()}))
         assert load(tmp_path / "set" / "x.tiktoken").same_ids(plain)
@@ -331,7 +337,7 @@ DAMAGE = [
     ({"model__end_of_word_suffix": "</w>"}, "of end_of_word_suffix '</w>'"),
     ({"pre_tokenizer": None}, "not byte-level"),
     ({"pre_tokenizer__add_prefix_space": True}, "add_prefix_space"),
-    ({"pre_tokenizer": LEVEL}, "it splits text by none of gpt2, gpt4"),
+    ({"pre_tokenizer": LEVEL}, "splits text by .*, not as gpt2, gpt4, qwen do"),
     ({"model__merges": lambda merges: [*merges[1:], merges[0]]}, "out of order"),
     ({"model__merges": lambda merges: merges[:-1]}, "is neither byte, nor merged"),
     ({"model__merges": lambda merges: [*merges, *TWICE]}, "out of order or never made"),
@@ -357,7 +363,6 @@ def test_a_damaged_folder_is_refused(tmp_path):
     refused("has no tokenizer.json; transformers", tf.load_hf_tokenizer, tmp_path, "x")
     write(tmp_path / "tokenizer.json", "[1]")
     refused("tokenizer.json holds a JSON list", tf.load_hf_tokenizer, tmp_path, "x")
-    make_folder(tmp_path)
 
 
 BAD_SETTINGS = [
@@ -391,7 +396,6 @@ def test_an_exported_tokenizer_makes_the_same_ids(tmp_path, kind):
     tf.save_hf_tokenizer(tokenizer, tmp_path / "hf")
     texts = random_texts(1000)
     wanted = our_ids(tokenizer, texts)
-    assert their_ids(tmp_path / "hf", texts) == wanted
     assert load(tmp_path / "hf").same_ids(tokenizer)
     auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf")
     prefixed = [[tokenizer.end_of_text, *tokens] for tokens in wanted]
@@ -404,9 +408,6 @@ def test_an_exported_tokenizer_makes_the_same_ids(tmp_path, kind):
 def test_tokens_that_merges_do_not_make_cannot_be_exported(tmp_path):
     end = tk.END_OF_TEXT.encode()
     for tokens in ([b"abc"], [end[:length] for length in range(2, len(end) + 1)]):
-        tokenizer, folder = (
-            tk.Tokenizer.from_tokens(tk.BYTES + tokens, "x", "gpt2"),
-            tmp_path / "hf",
-        )
-        refused("cannot be written as the merges", tf.save_hf_tokenizer, tokenizer, folder)
+        tokenizer = tk.Tokenizer.from_tokens(tk.BYTES + tokens, "x", "gpt2")
+        refused("cannot be written as the merges", tf.save_hf_tokenizer, tokenizer, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
