@@ -167,7 +167,7 @@ def hub_repo(name: str) -> str:
 
 def model_folder(name: str, patterns: list[str], is_complete: Callable[[Path], bool]) -> Path:
     """The local folder `name`, else the snapshot of a model on the Hub. Raises Failure."""
-    folder = Path(os.path.expanduser(name))
+    folder = Path(name)
     if not folder.is_dir():
         if not hub_repo(name):
             raise Failure(f"{name} is neither a folder nor OWNER/NAME on the Hugging Face Hub")
