@@ -72,7 +72,10 @@ def atomic_file(path: Path, backup: Path | None = None) -> Iterator:
                 yield file
             sync(partial)  # opened again: safetensors replaces the file that was opened
             if backup and path.exists():
-                keep_as(path, old, backup)
+                try:
+                    os.link(path, old)
+                except OSError:  # a disk without such links
+                    os.replace(path, backup)
             os.replace(partial, path)
             if old.exists():
                 os.replace(old, backup)  # only now, so that at each moment there are two
@@ -93,14 +96,6 @@ def naming(path: Path) -> Iterator:
         if error.filename or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def keep_as(path: Path, old: Path, backup: Path):
-    """Give a file the other name `old`, or where the disk has no such links, rename it at once."""
-    try:
-        os.link(path, old)
-    except OSError:
-        os.replace(path, backup)
 
 
 def publish(folder: Path, target: Path):
@@ -172,7 +167,7 @@ def hub_repo(name: str) -> str:
 
 def model_folder(name: str, patterns: list[str], is_complete: Callable[[Path], bool]) -> Path:
     """The local folder `name`, else the snapshot of a model on the Hub. Raises Failure."""
-    folder = Path(os.path.expanduser(name))
+    folder = Path(name)
     if not folder.is_dir():
         if not hub_repo(name):
             raise Failure(f"{name} is neither a folder nor OWNER/NAME on the Hugging Face Hub")
@@ -201,8 +196,8 @@ def hub_snapshot(repo, patterns, is_complete=None, repo_type="model", revision=N
         mismatches = hub.HfApi().verify_repo_checksums(**source).mismatches
     except Exception as error:  # of the many types of its HTTP client and storage back ends
         advice = f"run this again with a network, or download {repo} by hand and name its folder"
-        problem = f"could not download {repo}: {error!r:.200}"
-        raise Failure(f"{problem};\n{advice}", INPUT_OUTPUT) from None
+        message = f"could not download {repo}: {error!r:.200};\n{advice}"
+        raise Failure(message, INPUT_OUTPUT) from None
     names = [mismatch["path"] for mismatch in mismatches]
     for name in names:  # the cache's own file, not the link to it, or the next call would take it
         (snapshot / name).resolve().unlink(missing_ok=True)

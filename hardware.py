@@ -29,8 +29,7 @@ def find_device(name: str) -> torch.device:
 
 def best_dtype(device: torch.device) -> str:
     """bfloat16 on a GPU that has units for it, float32 elsewhere."""
-    is_cuda = device.type == "cuda"
-    is_fast = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if is_fast else "float32"
 
 
@@ -85,13 +84,11 @@ def fitting_micro_batch_size(model, sequences: int, block_size: int) -> int:
     sequences: a rank's share of a step. Tried uncompiled, which needs more memory than compiled. A
     CPU is fastest when it works within its caches: about 1,024 tokens.
     """
-    device = model.wte.weight.device
-    max_tokens = 65536 if device.type == "cuda" else 1024
+    is_cuda = model.wte.weight.is_cuda
+    max_tokens = 65536 if is_cuda else 1024
     max_size = min(sequences, max(1, max_tokens // block_size))
     sizes = [size for size in range(max_size, 0, -1) if sequences % size == 0]
-    if device.type != "cuda":
-        return sizes[0]
-    return next((size for size in sizes if fits(model, size, block_size)), 0)
+    return next((size for size in sizes if not is_cuda or fits(model, size, block_size)), 0)
 
 
 def fits(model, sequences: int, block_size: int) -> bool:

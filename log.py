@@ -74,22 +74,22 @@ def clear_folder(run):
     """Remove what an earlier run left: all of it, or what a resumed run makes again."""
     if run.settings.init_from == "resume":
         cut_metrics(run.folder, run.step, run.val_step)
-        return
-    for name in RUN_FILES:
-        (run.folder / name).unlink(missing_ok=True)
+    else:
+        for name in RUN_FILES:
+            (run.folder / name).unlink(missing_ok=True)
 
 
 def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
     """A line if the disk lacks room for latest.pt, previous.pt and the one that replaces them."""
     if not folder.exists():  # on another host
         return ""
-    saved = [folder / name for name in ("latest.pt", "previous.pt")]
-    room = shutil.disk_usage(folder).free
-    room += sum(path.stat().st_size for path in saved if path.exists())
-    if room >= 3 * checkpoint_bytes:
+    needed = 3 * checkpoint_bytes
+    saved = [*folder.glob("latest.pt"), *folder.glob("previous.pt")]
+    room = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in saved)
+    if room >= needed:
         return ""
-    needed = f"three checkpoints need {3 * checkpoint_bytes / 1e9:.1f} GB"
-    return f"\nwarning: {needed}, and {folder} has room for {room / 1e9:.1f} GB"
+    sizes = f"three checkpoints need {needed / 1e9:.1f} GB, there is room for {room / 1e9:.1f}"
+    return f"\nwarning: {folder}: {sizes}"
 
 
 def append_metrics(folder: Path, values: dict):

@@ -21,14 +21,11 @@ def summary(manifest: dict) -> str:
     text_bytes = train["bytes"] + val["bytes"]
     ratio = text_bytes / (train["tokens"] + val["tokens"])
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in documents["dropped"].items())
-    special = special_tokens(manifest)
-    return (
-        f"{documents['kept']:,} of {documents['in']:,} documents, {text_bytes / 1e6:.1f} MB, "
-        f"{ratio:.2f} bytes per token: {train['tokens']:,} training tokens and {val['tokens']:,} "
-        f"for validation"
-        + (f"\ndropped: {dropped}" if dropped else "")
-        + (f"\n{special}" if special else "")
-    )
+    kept = f"{documents['kept']:,} of {documents['in']:,} documents, {text_bytes / 1e6:.1f} MB"
+    tokens = f"{train['tokens']:,} training tokens and {val['tokens']:,} for validation"
+    lines = [f"{kept}, {ratio:.2f} bytes per token: {tokens}"]
+    lines.append(f"dropped: {dropped}" if dropped else "")
+    return "\n".join(filter(None, [*lines, special_tokens(manifest)]))
 
 
 def report_page(manifest: dict, examples: dict) -> str:
@@ -58,7 +55,7 @@ def report_page(manifest: dict, examples: dict) -> str:
 
 
 def special_tokens(manifest: dict) -> str:
-    """How often the text contains which special tokens, and what became of them, or ""."""
+    """How often the text contains which special tokens, and what became of them; "" for none."""
     counts = (Counter(entry.get("special_tokens")) for entry in manifest["splits"].values())
     names = [f"{n:,} `{name}`" for name, n in sum(counts, Counter()).most_common()]
     is_kept = manifest["tokenizer"]["special_tokens"] == "keep"

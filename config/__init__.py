@@ -26,9 +26,8 @@ BEFORE_EXIT = []  # functions that wait for what is being written
 # Settings that are, or can be, a path
 PATHS = "out_dir data_dir dataset init_from tokenizer checkpoint prompts text export_hf"
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun numbers the processes of a run
-# In the text of torch's RuntimeErrors: memory is full; a collective lost another rank
-FULL = "DefaultCPUAllocator|out of memory|ALLOC_FAILED"
-LOST_RANK = "gloo|nccl|Connection|Timed out"
+FULL = "MemoryError|DefaultCPUAllocator|out of memory|ALLOC_FAILED"  # in errors: memory is full
+LOST_RANK = "gloo|nccl|Connection|Timed out"  # in torch's errors: another rank is gone
 
 
 def power(base, exponent):
@@ -62,14 +61,13 @@ def run(main, settings_class, less_memory: str, positional: str = ""):
             encoding = "utf-8" if mode == "w" else None
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
         setattr(sys, name, stream)
+    code = 0
     try:
         with exit_on_failure(less_memory):
             main(load(settings_class, sys.argv[1:], positional))
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            end_now(INTERRUPTED)
-        raise
-    end_process(0)
+        code = end.code
+    end_process(code)
 
 
 @contextlib.contextmanager
@@ -82,16 +80,15 @@ def exit_on_failure(less_memory: str = ""):
     try:
         yield
         sys.stdout.flush()  # here, where an error still gets its exit code
-        return
     except BaseException as error:
         explained = explain(error, less_memory)
         if not explained:
             raise
-    message, code = explained
-    if message:  # else it is printed already
-        time.sleep(10 if RANK else 0)
-        print_error(message)
-    end_process(code)
+        message, code = explained
+        if message:  # else it is printed already
+            time.sleep(10 if RANK else 0)
+            print_error(message)
+        sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -103,7 +100,6 @@ def shared_failure(store, less_memory: str):
     threading.Thread(target=end_with_first, args=(store,), daemon=True).start()
     try:
         yield
-        return
     except Exception as error:
         if isinstance(error, RuntimeError) and re.search(LOST_RANK, str(error)):
             message = f"another rank ended or did not answer: {error!r:.200}"
@@ -115,9 +111,9 @@ def shared_failure(store, less_memory: str):
                 first = store.compare_set("failure", "", this).decode()
         if message is None:  # not expected: a traceback
             raise
-    if message and first == this:
-        print_error(message)
-    raise Failure("", int(first.split()[0]))
+        if message and first == this:
+            print_error(message)
+        raise Failure("", int(first.split()[0])) from None
 
 
 def end_with_first(store):
@@ -126,7 +122,7 @@ def end_with_first(store):
         while not store.check(["failure"]):
             time.sleep(1)
         time.sleep(5)  # in which a rank that does not wait ends by itself
-        end_now(int(store.get("failure").split()[0]))
+        end_process(int(store.get("failure").split()[0]))
 
 
 def print_error(message: str):
@@ -144,46 +140,43 @@ def explain(error: BaseException, less_memory: str) -> tuple[str, int] | None:
         return f"{type(error).__name__}: {error}", INPUT_OUTPUT
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
-    is_runtime_error = isinstance(error, RuntimeError)  # of torch, on any device
-    if isinstance(error, MemoryError) or (is_runtime_error and re.search(FULL, str(error))):
+    if isinstance(error, (MemoryError, RuntimeError)) and re.search(FULL, repr(error)):
         return f"memory is full; {less_memory}", BAD_INPUT
     return None
 
 
 def end_process(code: int):
-    """Exit. Under torchrun without Python's clean-up, in which threads of gloo can abort a rank."""
+    """Exit, after what is being written; for Ctrl-C at once.
+
+    Ranks exit without Python's clean-up, in which threads of gloo can abort one.
+    """
     try:
         sys.stdout.flush()
     except OSError:  # a closed pipe or a full disk: Python would print a second error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_now(code)
+    if code == INTERRUPTED:
+        os._exit(code)
+    if "WORLD_SIZE" in os.environ:
+        for finish in BEFORE_EXIT:
+            finish()
+        os._exit(code)
     sys.exit(code)
 
 
-def end_now(code: int):
-    """Exit without Python's clean-up, after what is being written, but at once for Ctrl-C."""
-    for finish in BEFORE_EXIT if code != INTERRUPTED else []:
-        finish()
-    os._exit(code)
-
-
 def load(settings_class, arguments: list[str], positional: str = ""):
-    """Return a checked instance of the dataclass `settings_class`.
+    """Return a checked instance of the dataclass `settings_class`. Raises Failure.
 
-    positional: the field set by an argument that is neither a recipe nor `--name=value`. Ends the
-    program with code 2 where an argument, a recipe or a value does not fit; with 0 after --help.
+    positional: the field set by an argument that is neither a recipe nor `--name=value`.
     """
-    with exit_on_failure():
-        if {"--help", "-h"} & set(arguments):
-            print(help_text(settings_class, positional), flush=True)
-            sys.exit(0)
-        try:
-            settings = settings_class(**parse(settings_class, arguments, positional))
-            settings.check()
-        except (ValueError, ArithmeticError) as error:
-            raise Failure(str(error)) from None
-        return settings
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(settings_class, positional), flush=True)
+        sys.exit(0)
+    try:
+        settings = settings_class(**parse(settings_class, arguments, positional))
+        settings.check()
+    except (ValueError, ArithmeticError) as error:
+        raise Failure(str(error)) from None
+    return settings
 
 
 def check_bounds(settings, low: float, names: str, below: float = 2**63):
@@ -306,8 +299,7 @@ class Progress(contextlib.AbstractContextManager):
     """
 
     def __init__(self, unit: str, total: int):
-        self.unit, self.total = unit, total
-        self.started = time.monotonic()
+        self.unit, self.total, self.started = unit, total, time.monotonic()
         self.is_terminal = sys.stderr.isatty()
         self.next_time = self.started + 2
 

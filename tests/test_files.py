@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import refused, run
+from conftest import refused, run, write
 
 import files
 from config import IN_USE, INPUT_OUTPUT, Failure
@@ -173,12 +173,9 @@ def serve_repo(server, content: dict[str, bytes]):
 
 def test_what_the_cache_holds_needs_no_request(tmp_path, server):
     repo = tmp_path / "home" / "hub" / "models--me--tiny"
-    snapshot = repo / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(COMMIT)
-    assert hub(tmp_path, server.url) == str(snapshot) and server.requests == []
+    path = write(repo / "snapshots" / COMMIT / "config.json", "{}")
+    write(repo / "refs" / "main", COMMIT)
+    assert hub(tmp_path, server.url) == str(path.parent) and server.requests == []
 
 
 @pytest.mark.parametrize("is_local", [False, True])

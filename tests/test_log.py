@@ -28,9 +28,8 @@ def test_speed_and_time_left(monkeypatch):
 
 def test_metrics_are_cut_at_a_step_and_drawn(tmp_path, monkeypatch, capsys):
     for step in (1, 2, 3):
-        log.append_metrics(
-            tmp_path, {"step": step, "loss": 1 / step, "val_loss": 2.0, "x": math.nan}
-        )
+        values = {"step": step, "loss": 1 / step, "val_loss": 2.0}
+        log.append_metrics(tmp_path, values | {"x": math.nan})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # by a run that was killed
     log.cut_metrics(tmp_path, 2, 2)
