@@ -242,10 +242,7 @@ MAY_CHANGE = (
 
 
 def check_same_run(saved: dict, settings: dict, dataset):
-    """Raise Failure where a checkpoint would not continue as the run it is from.
-
-    settings: of the run that continues, by name.
-    """
+    """Raise Failure where a run with these settings would not continue that of a checkpoint."""
     out_dir, max_steps, differing = settings["out_dir"], settings["max_steps"], []
     if "optimizers" not in saved:
         raise Failure(f"{out_dir} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)

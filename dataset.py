@@ -62,15 +62,27 @@ class Dataset:
         else:
             hint = "name the tokenizer of its shards, as in --tokenizer=gpt2"
             raise Failure(f"{folder} has no manifest.json; {hint}")
+        self.records = {split: self.find_records(split) for split in SPLITS}
         self.train = self.open_split("train")
         self.val = self.open_split("val")
         self.shards = self.train.shards + self.val.shards
 
+    def find_records(self, split: str) -> list[dict]:
+        """The manifest's records of a split's shards; without a manifest their names alone."""
+        if self.manifest:
+            return self.manifest["splits"][split]["shards"]
+        names = (f"*_{split}_[0-9]*.bin", f"*_{split}.bin")
+        paths = sorted(path for name in names for path in self.folder.glob(name))
+        if not paths:
+            raise Failure(f"{self.folder} has no shards named like fineweb_{split}_000001.bin")
+        return [{"file": path.name} for path in paths]
+
     def open_split(self, split: str) -> "Windows":
         """The windows of one split. Raises Failure if the manifest gives a shard another length."""
-        windows = Windows(self.shard_paths(split), self.block_size)
-        for shard, record in zip(windows.shards, self.records(split)):
-            tokens = record["tokens"]
+        paths = [self.folder / record["file"] for record in self.records[split]]
+        windows = Windows(paths, self.block_size)
+        for shard, record in zip(windows.shards, self.records[split]):
+            tokens = record.get("tokens", shard.count)
             if shard.count != tokens:
                 raise Failure(f"{shard.path} has {shard.count} tokens, manifest.json says {tokens}")
         if not len(windows):
@@ -78,35 +90,21 @@ class Dataset:
             raise Failure(f"{self.folder} has less than {window}; lower block_size")
         return windows
 
-    def shard_paths(self, split: str) -> list[Path]:
-        """The shards of one split: those of the manifest, or by their names where there is none."""
-        if self.manifest:
-            return [self.folder / record["file"] for record in self.records(split)]
-        names = (f"*_{split}_[0-9]*.bin", f"*_{split}.bin")
-        paths = sorted(path for name in names for path in self.folder.glob(name))
-        if not paths:
-            raise Failure(f"{self.folder} has no shards named like fineweb_{split}_000001.bin")
-        return paths
-
-    def records(self, split: str) -> list[dict]:
-        """The manifest's records of a split's shards."""
-        return self.manifest["splits"][split]["shards"] if self.manifest else []
-
     def verify(self, hash_all: bool, is_known: bool):
         """Raise Failure where a shard is not the manifest's, or has an id beyond its tokenizer's.
 
         hash_all: compare the content of shards also where they have HASHED_BYTES or more.
         is_known: shards without a manifest were verified before, as their fingerprint shows.
         """
-        records = self.records("train") + self.records("val") or [{} for _ in self.shards]
+        records = self.records["train"] + self.records["val"]
         total, done = sum(shard.bytes for shard in self.shards), 0
         hash_all, entries = hash_all or total < HASHED_BYTES, self.tokenizer.vocab_size
         with Progress("bytes verified", total) as progress:
             for shard, record in zip(self.shards, records):
-                if record and hash_all and sha256_of(shard.path) != record["sha256"]:
+                if self.manifest and hash_all and sha256_of(shard.path) != record["sha256"]:
                     raise Failure(f"{shard.path} is not the shard that manifest.json was made with")
                 largest_id = record.get("largest_id")
-                if type(largest_id) is not int and (record or hash_all or not is_known):
+                if type(largest_id) is not int and (self.manifest or hash_all or not is_known):
                     largest_id = shard.largest_id()
                 if (largest_id or 0) >= entries:
                     what = f"{shard.path} has token {largest_id}, its tokenizer {entries} entries"
