@@ -230,6 +230,8 @@ class Shard:
     """
 
     def __init__(self, path: Path):
+        if path.exists() and not path.is_file():  # reading a pipe would wait
+            raise Failure(f"{path} is not a file")
         self.path, self.bytes = path, path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
         types = {numbers: dtype for dtype, numbers in MAGIC_AND_VERSION.items()}
