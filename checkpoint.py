@@ -34,6 +34,7 @@ CHECKPOINT = {  # what each has at least, and of which type
     "model": dict,
     "tokenizer": {"name": str, "text": str},
     "step": int,
+    "val_step": int,
     "val_loss": float,
     "best_val_loss": float,
     "settings": dict,
@@ -56,47 +57,43 @@ def save(path: Path, state: dict, backup: Path | None = None):
 
 def load(path: Path) -> dict:
     """Read what `save` wrote, tensors on the CPU. Raises Failure where it is missing or damaged."""
+    if not path.is_file():  # opening a pipe would wait
+        raise Failure(f"there is no checkpoint {path}", NO_CHECKPOINT)
     try:
         state = read(path)
-        is_intact = state.pop("checksum") == checksum(state)
     except pickle.UnpicklingError:  # its text says how to run the code inside
         raise Failure(f"{path} is damaged or holds more than plain data", NO_CHECKPOINT) from None
     except Exception as error:  # torch raises many types for a cut, changed or foreign file
         reason = f"is damaged or no checkpoint: {error!r:.200}"
         raise Failure(f"{path} {reason}", NO_CHECKPOINT) from None
-    if not is_intact:
-        raise Failure(f"{path} is damaged: it does not match its checksum", NO_CHECKPOINT)
     version = state.get("format_version", 0)
     if type(version) is not int or version not in range(FORMAT_VERSION + 1):
         message = f"{path} has format_version {version}; this version reads {FORMAT_VERSION}"
         raise Failure(message, NO_CHECKPOINT)
-    steps = state.get("step"), state.get("val_step", 0)
-    is_counted = all(type(step) is int and -1 <= step < 2**63 for step in steps)
-    if not files.has_layout(state, CHECKPOINT) or not is_counted or state["step"] < 0:
+    state.setdefault("val_step", state.get("step"))  # 0.1 had none
+    if not files.has_layout(state, CHECKPOINT) or state["step"] < 0:
         raise Failure(f"{path} lacks an entry of a checkpoint", NO_CHECKPOINT)
     return state
 
 
-def read(path: Path, mmap: bool = False) -> dict:
-    """Read a checkpoint, in memory of about its size. Raises Failure and errors of many types."""
-    if not path.is_file():  # opening a pipe would wait
-        raise Failure(f"there is no checkpoint {path}", NO_CHECKPOINT)
+def read(path: Path) -> dict:
+    """What `save` wrote, in memory of about its size. Raises errors of many types."""
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type for entry in entries):
-        raise ValueError("it is compressed")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("it holds more than its size")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is compressed, or parts of it overlap")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.pop("checksum") != checksum(state):
+        raise ValueError("it does not match its checksum")
+    return state
 
 
 def load_newest(folder: Path) -> dict:
-    """The sound checkpoint of a run with the highest step. Raises Failure where there is none.
+    """The newest sound checkpoint of a run. Raises Failure where there is none.
 
-    A damaged one that seems newer is renamed, so that the next save does not overwrite it.
+    A newer, damaged one is renamed, so that the next save does not overwrite it.
     """
     damaged = []
-    for path in sorted(saved(folder), key=read_step, reverse=True):
+    for path in saved(folder):
         try:
             state = load(path)
         except Failure as failure:
@@ -113,16 +110,8 @@ def load_newest(folder: Path) -> dict:
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints from which a run can continue, sound or not."""
+    """The checkpoints from which a run can continue, sound or not, the newest first."""
     return [path for path in (folder / "latest.pt", folder / "previous.pt") if path.exists()]
-
-
-def read_step(path: Path) -> float:
-    """The step of a checkpoint, without reading its tensors; infinite where it has none."""
-    try:
-        return int(read(path, mmap=True)["step"])
-    except Exception:  # of many types: `load` will say what is wrong
-        return math.inf
 
 
 def checksum(state) -> str:
@@ -244,30 +233,24 @@ def model_state(model: GPT, tokenizer: Tokenizer) -> dict:
 
 
 # What may change on resume: a list of these, so that a new setting is refused until someone decides
-NAMES = (
+MAY_CHANGE = (
     "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
     "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
     "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
     "compile activation_checkpointing verify_data distributed_timeout"
 )
-MAY_CHANGE = frozenset(NAMES.split())
 
 
-def check_same_run(saved: dict, settings: dict, defaults: dict, dataset):
-    """Raise Failure where a checkpoint would not continue as the run it is from.
-
-    settings: of the run that continues, by name. defaults: where the checkpoint lacks one.
-    """
-    out_dir, before, differing = settings["out_dir"], saved["settings"], []
+def check_same_run(saved: dict, settings: dict, dataset):
+    """Raise Failure where a run with these settings would not continue that of a checkpoint."""
+    out_dir, max_steps, differing = settings["out_dir"], settings["max_steps"], []
     if "optimizers" not in saved:
-        reason = "its checkpoint has no optimizers' state (is it a best.pt?)"
-        raise Failure(f"{out_dir}: {reason}", NO_CHECKPOINT)
-    if saved["step"] > settings["max_steps"]:
-        steps = f"at step {saved['step']}, and max_steps is {settings['max_steps']}"
-        raise Failure(f"{out_dir} is {steps}")
+        raise Failure(f"{out_dir} has no optimizers' state (is it a best.pt?)", NO_CHECKPOINT)
+    if saved["step"] > max_steps:
+        raise Failure(f"{out_dir} is at step {saved['step']}, and max_steps is {max_steps}")
     for name, new in settings.items():
-        old = before.get(name, defaults[name])
-        if type(old) is not type(new) or (name not in MAY_CHANGE and old != new):
+        old = saved["settings"][name]
+        if type(old) is not type(new) or (name not in MAY_CHANGE.split() and old != new):
             differing.append(f"{name} was {old}, is {new}")
     tokenizer = restore_tokenizer(saved)
     if not tokenizer.same_ids(dataset.tokenizer):
@@ -284,15 +267,8 @@ def fitting(path: Path):
     """What is odd in a checkpoint that is used inside, with a checksum that fits, is a Failure."""
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        if config.explain(error, ""):  # memory is full
+    except Exception as error:
+        if config.explain(error, ""):  # expected, as that memory is full
             raise
         raise Failure(f"{path} does not fit this version: {error!r:.200}", NO_CHECKPOINT) from None
 
@@ -342,7 +318,7 @@ def open_model(name: str, out_dir: str, dropout: float = 0.0) -> tuple[GPT, Toke
     state = load(path)
     with fitting(path):
         model, tokenizer = restore_model(state, dropout=dropout), restore_tokenizer(state)
-    loss = f", validation loss {state['val_loss']:.4f} at step {state.get('val_step', '?')}"
+    loss = f", validation loss {state['val_loss']:.4f} at step {state['val_step']}"
     print(f"{path}: step {state['step']}{loss}", file=sys.stderr)
     return model, tokenizer
 
@@ -353,7 +329,7 @@ def find_model(name: str, out_dir: str = "") -> Path:
     is_on_hub = files.hub_repo(name) and not path.exists()
     if name and (is_on_hub or (path / "config.json").exists()):
         return files.model_folder(name, hf.FILES + HF_FILES, hf.is_complete)
-    return path if path.is_file() else newest_checkpoint(path if name else None, out_dir)
+    return path if path.is_file() else newest_checkpoint(name, out_dir)
 
 
 def open_hf(folder: Path, name: str, dropout: float) -> tuple[GPT, Tokenizer]:
@@ -367,15 +343,14 @@ def open_hf(folder: Path, name: str, dropout: float) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def newest_checkpoint(run: Path | None, out_dir: str) -> Path:
-    """The latest.pt of a run, or what else it has; without `run` the newest of all in out_dir."""
-    checkpoints = []
-    for folder in [run] if run else Path(out_dir).glob("*/"):
-        names = ("latest.pt", "previous.pt", "best.pt")  # a young run has best.pt only
-        checkpoints += [folder / name for name in names if (folder / name).exists()][:1]
+def newest_checkpoint(name: str, out_dir: str) -> Path:
+    """The latest.pt of a run, or what else it has; without a name the newest of all in out_dir."""
+    checkpoints, hint = [], "train a model first: python train.py config/small.py"
+    if name:
+        hint = "name a .pt file, a run's folder, or a model (gpt2, a folder, OWNER/NAME)"
+    for folder in [Path(name)] if name else Path(out_dir).glob("*/"):
+        paths = [*saved(folder), folder / "best.pt"]  # a young run has best.pt only
+        checkpoints += [path for path in paths if path.exists()][:1]
     if not checkpoints:
-        hint = "train a model first: python train.py config/small.py"
-        if run:
-            hint = "name a .pt file, a run's folder, or a model (gpt2, a folder, OWNER/NAME)"
-        raise Failure(f"{run or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)
+        raise Failure(f"{name or out_dir}: there is no checkpoint in it; {hint}", NO_CHECKPOINT)
     return max(checkpoints, key=lambda file: file.stat().st_mtime)

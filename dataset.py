@@ -8,6 +8,7 @@ The invariant: the window at each position of a run is a pure function of (seed,
 ranks, and the order of the data needs no state and no memory.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -37,12 +38,9 @@ MANIFEST = {  # what each manifest has at least, and of which type
 HASHED_BYTES = 2_000_000_000  # smaller datasets are hashed whole at each start
 
 # The shard format of llm.c, modded-nanogpt and the public FineWeb shards: 256 little-endian int32
-# of header (magic, version, number of tokens, zeros), then the tokens.
+# of header (magic, version, number of tokens, zeros), then the tokens, of a type by the magic.
 HEADER_INTS = 256
-FORMATS = {  # type of a token: magic and version
-    np.dtype("<u2"): (20240520, 1),
-    np.dtype("<u4"): (20240801, 7),
-}
+MAGIC_AND_VERSION = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}
 
 
 class Dataset:
@@ -64,36 +62,33 @@ class Dataset:
         else:
             hint = "name the tokenizer of its shards, as in --tokenizer=gpt2"
             raise Failure(f"{folder} has no manifest.json; {hint}")
+        self.records = {split: self.find_records(split) for split in SPLITS}
         self.train = self.open_split("train")
         self.val = self.open_split("val")
+        self.shards = self.train.shards + self.val.shards
 
-    def open_split(self, split: str) -> "Windows":
-        """The windows of one split. Raises Failure if the manifest gives a shard another length."""
-        paths = self.shard_paths(split)
-        windows = Windows(paths, self.block_size)
-        for shard, record in zip(windows.shards, self.records(split)):
-            if shard.count != record["tokens"]:
-                found, expected = shard.count, record["tokens"]
-                raise Failure(f"{shard.path} has {found} tokens, but manifest.json says {expected}")
-        if not len(windows):
-            size = self.block_size + 1
-            message = f"less than one window of {size} {split} tokens; lower block_size"
-            raise Failure(f"{self.folder} has {message}")
-        return windows
-
-    def shard_paths(self, split: str) -> list[Path]:
-        """The shards of one split: those of the manifest, or by their names where there is none."""
+    def find_records(self, split: str) -> list[dict]:
+        """The manifest's records of a split's shards; without a manifest their names alone."""
         if self.manifest:
-            return [self.folder / record["file"] for record in self.records(split)]
+            return self.manifest["splits"][split]["shards"]
         names = (f"*_{split}_[0-9]*.bin", f"*_{split}.bin")
         paths = sorted(path for name in names for path in self.folder.glob(name))
         if not paths:
             raise Failure(f"{self.folder} has no shards named like fineweb_{split}_000001.bin")
-        return paths
+        return [{"file": path.name} for path in paths]
 
-    def records(self, split: str) -> list[dict]:
-        """The manifest's records of a split's shards."""
-        return self.manifest["splits"][split]["shards"] if self.manifest else []
+    def open_split(self, split: str) -> "Windows":
+        """The windows of one split. Raises Failure if the manifest gives a shard another length."""
+        paths = [self.folder / record["file"] for record in self.records[split]]
+        windows = Windows(paths, self.block_size)
+        for shard, record in zip(windows.shards, self.records[split]):
+            tokens = record.get("tokens", shard.count)
+            if shard.count != tokens:
+                raise Failure(f"{shard.path} has {shard.count} tokens, manifest.json says {tokens}")
+        if not len(windows):
+            window = f"one window of {self.block_size + 1} {split} tokens"
+            raise Failure(f"{self.folder} has less than {window}; lower block_size")
+        return windows
 
     def verify(self, hash_all: bool, is_known: bool):
         """Raise Failure where a shard is not the manifest's, or has an id beyond its tokenizer's.
@@ -101,21 +96,19 @@ class Dataset:
         hash_all: compare the content of shards also where they have HASHED_BYTES or more.
         is_known: shards without a manifest were verified before, as their fingerprint shows.
         """
-        shards = self.train.shards + self.val.shards
-        records = self.records("train") + self.records("val") or [{} for _ in shards]
-        total, done = sum(shard.bytes for shard in shards), 0
-        hash_all = hash_all or total < HASHED_BYTES
+        records = self.records["train"] + self.records["val"]
+        total, done = sum(shard.bytes for shard in self.shards), 0
+        hash_all, entries = hash_all or total < HASHED_BYTES, self.tokenizer.vocab_size
         with Progress("bytes verified", total) as progress:
-            for shard, record in zip(shards, records):
-                if record and hash_all and sha256_of(shard.path) != record["sha256"]:
+            for shard, record in zip(self.shards, records):
+                if self.manifest and hash_all and sha256_of(shard.path) != record["sha256"]:
                     raise Failure(f"{shard.path} is not the shard that manifest.json was made with")
                 largest_id = record.get("largest_id")
-                if type(largest_id) is not int and (record or hash_all or not is_known):
+                if type(largest_id) is not int and (self.manifest or hash_all or not is_known):
                     largest_id = shard.largest_id()
-                if (largest_id or 0) >= self.tokenizer.vocab_size:
-                    message = f"has token {largest_id}, its tokenizer {self.tokenizer.vocab_size}"
-                    hint = "name the one it was made with (--tokenizer)"
-                    raise Failure(f"{shard.path} {message} entries; {hint}")
+                if (largest_id or 0) >= entries:
+                    what = f"{shard.path} has token {largest_id}, its tokenizer {entries} entries"
+                    raise Failure(f"{what}; name the one it was made with (--tokenizer)")
                 done += shard.bytes
                 progress.update(done)
 
@@ -123,7 +116,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """A hash of each shard's length, first and last MB, in order."""
         digest = hashlib.sha256()
-        for shard in self.train.shards + self.val.shards:
+        for shard in self.shards:
             digest.update(f"{shard.dtype} {shard.count} ".encode())
             digest.update(shard.read(0, min(shard.count, 500_000)))
             digest.update(shard.read(max(0, shard.count - 500_000), shard.count))
@@ -132,7 +125,7 @@ class Dataset:
     def old_fingerprint(self) -> str:
         """The fingerprint in checkpoints of 0.1: of the manifest's records, or names and sizes."""
         shards = [split["shards"] for split in self.manifest.get("splits", {}).values()]
-        shards = shards or [(s.path.name, s.bytes) for s in self.train.shards + self.val.shards]
+        shards = shards or [(shard.path.name, shard.bytes) for shard in self.shards]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     def bits_per_byte(self, loss: float) -> float:
@@ -237,11 +230,11 @@ class Shard:
     """
 
     def __init__(self, path: Path):
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file():  # reading a pipe would wait
             raise Failure(f"{path} is not a file")
         self.path, self.bytes = path, path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-        types = {magic_and_version: dtype for dtype, magic_and_version in FORMATS.items()}
+        types = {numbers: dtype for dtype, numbers in MAGIC_AND_VERSION.items()}
         found = tuple(header[:2].tolist())
         if len(header) < HEADER_INTS or found not in types:
             known = " or ".join(map(str, types))
@@ -249,8 +242,7 @@ class Shard:
         self.dtype, self.count = types[found], int(header[2])
         tokens = (self.bytes - header.nbytes) / self.dtype.itemsize
         if tokens != self.count:
-            message = f"says {self.count} tokens but has {tokens:.1f}: it is damaged"
-            raise Failure(f"{path} {message}; prepare the dataset again")
+            raise Failure(f"{path} says {self.count} tokens but has {tokens:.1f}; prepare it again")
 
     def read(self, start: int, end: int) -> np.ndarray:
         """The tokens from start up to end. Raises OSError where the file has become shorter."""
@@ -267,7 +259,7 @@ class Shard:
         return max((int(part.max()) for part in parts), default=0)
 
 
-class ShardWriter:
+class ShardWriter(contextlib.AbstractContextManager):
     """Writes the tokens of one split as shards of at most shard_tokens; use it in a `with`."""
 
     def __init__(self, folder: Path, prefix: str, shard_tokens: int, vocab_size: int):
@@ -278,9 +270,6 @@ class ShardWriter:
         self.file = None  # the shard that is being written
         self.count = self.largest_id = 0  # of the tokens in that shard
         self.records = []  # of finished shards, for the manifest
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         if self.file:
@@ -313,7 +302,7 @@ class ShardWriter:
 
     def finish_shard(self):
         """Write the header, which makes the file a shard."""
-        header = np.array([*FORMATS[self.dtype], self.count], dtype="<i4")
+        header = np.array([*MAGIC_AND_VERSION[self.dtype], self.count], dtype="<i4")
         self.file.seek(0)
         self.file.write(header.tobytes())
         self.file.close()

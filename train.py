@@ -178,13 +178,12 @@ class Ranks:
 
     def on_rank_0(self, task):
         """Run `task` on rank 0 while the others wait. If it fails, all end and rank 0 says why."""
-        failure = None
+        failure, code = None, 0
         if self.rank == 0:
             try:
                 task()
             except (Failure, OSError) as error:
-                failure = error
-        code = getattr(failure, "code", INPUT_OUTPUT) if failure else 0
+                failure, code = error, getattr(error, "code", INPUT_OUTPUT)
         code = -self.min(-code)  # the largest
         if code:
             raise failure or Failure("", code)  # without a text: rank 0 says why
@@ -245,9 +244,7 @@ class Run:
         self.writer = checkpoint.Writer(self.folder) if self.ranks.rank == 0 else None
         self.found_inf = torch.zeros((), device=device)  # 1 from the first step not finite
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # that step
-        self.is_bad_here = torch.zeros(
-            (), dtype=torch.bool, device=device
-        )  # whether this rank's loss was the cause
+        self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # by this rank's loss
 
     @property
     def folder(self) -> Path:
@@ -306,8 +303,9 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         # rank 0 puts a damaged one aside, before the others read
         ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder)))
         saved = saved or checkpoint.load_newest(folder)
+        saved["settings"] = asdict(TrainConfig()) | saved["settings"]  # it can lack new ones
         with checkpoint.fitting(folder):
-            checkpoint.check_same_run(saved, asdict(settings), asdict(TrainConfig()), dataset)
+            checkpoint.check_same_run(saved, asdict(settings), dataset)
     dataset.verify(settings.verify_data, is_known=bool(saved))
     hardware.keep_freed_memory()
     with checkpoint.fitting(folder) if saved else contextlib.nullcontext():
@@ -318,7 +316,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         if saved:
             checkpoint.restore_optimizers(run.optimizers, saved)
             run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
-            run.val_loss, run.val_step = saved["val_loss"], saved.get("val_step", run.step)
+            run.val_loss, run.val_step = saved["val_loss"], saved["val_step"]
             if saved["settings"]["eval_tokens"] != settings.eval_tokens:
                 run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
     return run
@@ -326,34 +324,30 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
 
 def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     """Replace `auto` and 0 by the checkpoint's values on such a device, or by this machine's."""
-    device = ranks.device.type
-    before = asdict(TrainConfig()) | saved["settings"] if saved else {"device": ""}
-    before = before if before["device"] == device else {}
-    dtype, compiled, size = settings.dtype, settings.compile, settings.micro_batch_size
+    device, dtype, compiled = ranks.device.type, settings.dtype, settings.compile
+    before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
     model.dtype = getattr(torch, dtype)
     if compiled == "auto":
-        flops = model.flops_per_token(settings.block_size) * settings.batch_tokens
-        flops *= settings.max_steps / ranks.world_size
+        tokens = settings.max_steps * settings.batch_tokens / ranks.world_size
+        flops = model.flops_per_token(settings.block_size) * tokens
         compiled = before.get("compile", "on").replace("on", "")  # 0.2 knew on and off
         compiled = compiled or hardware.choose_compile(ranks.device, dtype, flops)
-    same_devices = (
-        bool(before) and saved["world_size"] == ranks.world_size and before["dtype"] == dtype
-    )
-    if same_devices and before["activation_checkpointing"] == settings.activation_checkpointing:
+    size = settings.micro_batch_size
+    now = [dtype, settings.activation_checkpointing, ranks.world_size]
+    was = [before.get("dtype"), before.get("activation_checkpointing"), saved.get("world_size")]
+    if now == was:
         size = size or before["micro_batch_size"]
     if not size:
         share = settings.step_sequences // ranks.world_size
-        size = hardware.fitting_micro_batch_size(model, share, settings.block_size)
-        size = ranks.min(size)
+        size = ranks.min(hardware.fitting_micro_batch_size(model, share, settings.block_size))
     if not size:
-        raise Failure(
-            "not one sequence fits; try --activation_checkpointing=True or less block_size"
-        )
+        hint = "try --activation_checkpointing=True or a smaller --block_size"
+        raise Failure(f"not one sequence fits; {hint}")
     changes = dict(device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
     settings = replace(settings, **changes)
-    settings.check_batch()  # whatever a checkpoint says
+    settings.check()  # whatever a checkpoint says
     return settings
 
 

@@ -17,6 +17,8 @@ import files
 import train
 from config import INPUT_OUTPUT, NOT_FINITE
 
+LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
 
 def losses(out_dir) -> list[tuple]:
     return metrics(out_dir, "loss") + metrics(out_dir, "val_loss")
@@ -64,15 +66,19 @@ config.run(train.main, train.TrainConfig, "")
 """
 ON_RANK_1 = [  # what rank 1 does in the sixth step, what is printed once, and a rank's exit code
     ("losses *= math.nan", "rank 1 is not finite (windows at positions 40 to 47)", NOT_FINITE),
-    (
-        "raise OSError('shard.bin: gone')",
-        "patched.py, rank 1: OSError: shard.bin: gone",
-        INPUT_OUTPUT,
-    ),
+    ("raise OSError('x.bin: gone')", "patched.py, rank 1: OSError: x.bin: gone", INPUT_OUTPUT),
     ("raise RuntimeError('CUDA out of memory')", "rank 1: memory is full; a smaller", 2),
     ("os.kill(os.getpid(), signal.SIGKILL)", "another rank ended or did not answer", -9),
     ("os.kill(os.getpid(), signal.SIGTERM)", "stopped at step 6; to continue", 0),
 ]
+
+
+def run_patched(action: str, data_dir, out_dir, *options, restarts=0):
+    """A tiny run of two ranks, of which rank 1 does this in the sixth step."""
+    script = out_dir.with_name("patched.py")
+    script.write_text(PATCHED.format(action))
+    arguments = [f"--max-restarts={restarts}", script, *tiny_arguments(data_dir, out_dir)]
+    return run("-m", *LAUNCHER, *arguments, *options, PYTHONPATH=str(ROOT))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -80,11 +86,9 @@ ON_RANK_1 = [  # what rank 1 does in the sixth step, what is printed once, and a
 def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, code, device):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    script, arguments = tmp_path / "patched.py", tiny_arguments(data_dir, tmp_path / "run")
-    script.write_text(PATCHED.format(action))
     started = time.monotonic()
     options = [f"--device={device}", "--compile=off"]
-    result = run(script, *arguments, *options, processes=2, PYTHONPATH=str(ROOT))
+    result = run_patched(action, data_dir, tmp_path / "run", *options)
     assert time.monotonic() - started < 100
     printed = result.stdout + result.stderr.split("torch/distributed")[0]
     if (device, code) == ("cuda", -9):  # the other waits for its GPU until the launcher ends it
@@ -96,22 +100,18 @@ def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, 
 
 
 def test_a_launcher_restarts_a_run_that_failed(data_dir, tmp_path):
-    script, whole, parts = tmp_path / "patched.py", tmp_path / "whole", tmp_path / "parts"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     fail = "0 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '1' else os.kill(os.getpid(), 9)"
-    script.write_text(PATCHED.format(fail))
     assert tiny_run(data_dir, whole, processes=2).returncode == 0
-    arguments = [*tiny_arguments(data_dir, parts), "--init_from=auto"]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    result = run("-m", *launcher, script, *arguments, PYTHONPATH=str(ROOT))
+    result = run_patched(fail, data_dir, parts, "--init_from=auto", restarts=1)
     assert result.returncode == 0, result.stderr
     assert losses(whole) == losses(parts)
 
 
 @pytest.mark.slow
 def test_a_frozen_rank_is_not_waited_for_longer_than_the_timeout(data_dir, tmp_path):
-    script, arguments = tmp_path / "patched.py", tiny_arguments(data_dir, tmp_path / "run")
-    script.write_text(PATCHED.format("os.kill(os.getpid(), signal.SIGSTOP)"))
-    result = run(script, *arguments, "--distributed_timeout=1", processes=2, PYTHONPATH=str(ROOT))
+    action, option = "os.kill(os.getpid(), signal.SIGSTOP)", "--distributed_timeout=1"
+    result = run_patched(action, data_dir, tmp_path / "run", option)
     assert result.stderr.count("another rank ended or did not answer") == 1
     assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == 4
 
@@ -123,13 +123,12 @@ def test_random_kills_lose_no_more_than_an_interval(data_dir, tmp_path, processe
     options = ["--max_steps=2000", "--checkpoint_interval=7", "--eval_interval=50"]
     options += ["--init_from=auto", "--dropout=0.2"]
     assert tiny_run(data_dir, tmp_path / "whole", *options, processes=processes).returncode == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     arguments = ["train.py", *tiny_arguments(data_dir, tmp_path / "parts"), *options]
-    command = [sys.executable, *(launcher if processes > 1 else []), *arguments]
-    environment, generator, kills, code = os.environ | ONE_THREAD, random.Random(0), 0, None
+    command = [sys.executable, *(["-m", *LAUNCHER] if processes > 1 else []), *arguments]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kwargs = dict(cwd=ROOT, env=os.environ | ONE_THREAD, start_new_session=True)
+    generator, kills, code = random.Random(0), 0, None
     while code != 0:
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        kwargs = dict(cwd=ROOT, env=environment, start_new_session=True)
         with subprocess.Popen(command, **kwargs, **quiet) as process:
             try:
                 code = process.wait(timeout=generator.uniform(2, 6))
@@ -145,9 +144,9 @@ def test_random_kills_lose_no_more_than_an_interval(data_dir, tmp_path, processe
 
 
 def test_ranks_whose_launcher_is_killed_save_and_end(data_dir, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     long = ["--max_steps=100000", "--checkpoint_interval=100000", "--eval_interval=100000"]
-    command = [*launcher, "train.py", *tiny_arguments(data_dir, tmp_path / "run"), *long]
+    arguments = ["train.py", *tiny_arguments(data_dir, tmp_path / "run"), *long]
+    command = [sys.executable, "-m", *LAUNCHER, *arguments]
     environment, log = os.environ | ONE_THREAD, tmp_path / "run" / "metrics.jsonl"
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
         wait_until(lambda: log.exists() and log.stat().st_size > 1000)
@@ -181,15 +180,14 @@ def test_an_error_as_ranks_part_is_only_printed(monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "kind, fast", [("gpt2", []), ("qwen3", []), ("gpt2", ["--compile=blocks"])]
-)
-def test_two_gpus_equal_one(data_dir, tmp_path, kind, fast):
+@pytest.mark.parametrize("kind, compiled", [(k, "auto") for k in KINDS] + [("gpt2", "blocks")])
+def test_two_gpus_equal_one(data_dir, tmp_path, kind, compiled):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     options = [*KINDS[kind], "--device=cuda"]
     assert tiny_run(data_dir, tmp_path / "one", *options).returncode == 0
-    result = tiny_run(data_dir, tmp_path / "two", *options, *fast, processes=2)
+    options.append(f"--compile={compiled}")
+    result = tiny_run(data_dir, tmp_path / "two", *options, processes=2)
     assert result.returncode == 0, result.stderr
     close = 1e-4 if kind == "gpt2" else 1e-2  # on a GPU Muon computes in bfloat16
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=close)
