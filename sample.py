@@ -430,6 +430,7 @@ def prepare_to_decode(model: GPT, device: torch.device, dtype: str):
     """Move the model, in eval mode. On a CPU, wide weights are stored transposed: faster."""
     name = hardware.best_dtype(device) if dtype == "auto" else dtype
     model.to(device, getattr(torch, name)).eval()
+    model.dtype = None  # that of the weights
     for layer in model.modules() if device.type == "cpu" else []:
         if isinstance(layer, torch.nn.Linear) and layer.out_features > layer.in_features:
             layer.weight.data = layer.weight.data.T.contiguous().T

@@ -74,7 +74,9 @@ def bench_cold(model: GPT, settings: BenchConfig):
     count = settings.vocab_size - 1 - len(BYTES)
     tokens = BYTES + [f"token {number}".encode() for number in range(count)]
     tokenizer = Tokenizer.from_tokens(tokens, "bench", "gpt2")
-    state = checkpoint.model_state(model, tokenizer) | {"step": 0, "val_loss": 0.0}
+    state = {"step": 0, "val_step": 0, "val_loss": 0.0, "best_val_loss": 0.0}
+    state |= {"settings": {}, "dataset": "", "world_size": 1}
+    state |= checkpoint.model_state(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder, "best.pt"), state)
         options = [f"--checkpoint={folder}", f"--max_new_tokens={settings.new_tokens}"]
