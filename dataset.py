@@ -61,6 +61,10 @@ class Dataset:
             self.tokenizer = load_tokenizer(tokenizer, pattern, folder.parent / "downloads")
         else:
             hint = "name the tokenizer of its shards, as in --tokenizer=gpt2"
+            if (folder / "train.bin").exists() or any(folder.glob("*.npy")):
+                hint = (
+                    "nanoGPT's .bin and build-nanogpt's .npy have no header: prepare the text here"
+                )
             raise Failure(f"{folder} has no manifest.json; {hint}")
         self.records = {split: self.find_records(split) for split in SPLITS}
         self.train = self.open_split("train")
@@ -74,7 +78,8 @@ class Dataset:
         names = (f"*_{split}_[0-9]*.bin", f"*_{split}.bin")
         paths = sorted(path for name in names for path in self.folder.glob(name))
         if not paths:
-            raise Failure(f"{self.folder} has no shards named like fineweb_{split}_000001.bin")
+            hint = "(those of nanoGPT and build-nanogpt have no header: prepare the text here)"
+            raise Failure(f"{self.folder} has no shards like fineweb_{split}_000001.bin {hint}")
         return [{"file": path.name} for path in paths]
 
     def open_split(self, split: str) -> "Windows":

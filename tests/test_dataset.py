@@ -146,7 +146,10 @@ def test_every_entry_of_a_manifest_is_checked(tiny):
 
 
 def test_shards_made_elsewhere_open_with_a_tokenizer_named(tmp_path):
-    refused("has no shards named like fineweb_train_000001.bin", Dataset, tmp_path, 16, "bytes")
+    refused("has no shards like fineweb_train_000001.bin", Dataset, tmp_path, 16, "bytes")
+    (tmp_path / "train.bin").write_bytes(bytes(100))
+    refused("nanoGPT's .bin and build-nanogpt's .npy have no header", Dataset, tmp_path, 16)
+    (tmp_path / "train.bin").unlink()
     for split in ("train", "val"):
         write_shards(tmp_path, f"fineweb_{split}", range(200))
     refused("name the tokenizer of its shards, as in --tokenizer=gpt2", Dataset, tmp_path, 16)
