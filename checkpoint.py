@@ -66,10 +66,7 @@ def load(path: Path) -> dict:
     except Exception as error:  # torch raises many types for a cut, changed or foreign file
         reason = f"is damaged or no checkpoint: {error!r:.200}"
         raise Failure(f"{path} {reason}", NO_CHECKPOINT) from None
-    version = state.get("format_version", 0)
-    if type(version) is not int or version not in range(FORMAT_VERSION + 1):
-        message = f"{path} has format_version {version}; this version reads {FORMAT_VERSION}"
-        raise Failure(message, NO_CHECKPOINT)
+    files.check_version(path, state, FORMAT_VERSION, NO_CHECKPOINT)
     state.setdefault("val_step", state.get("step"))  # 0.1 had none
     if not files.has_layout(state, CHECKPOINT) or state["step"] < 0:
         raise Failure(f"{path} lacks an entry of a checkpoint", NO_CHECKPOINT)
@@ -122,6 +119,7 @@ def checksum(state) -> str:
     digest, items = hashlib.sha256(), iter(range(1_000_000))
 
     def visit(value):
+        """Add a value, and all that it holds, to the digest."""
         next(items)  # fails at too many: lists that hold each other can be large in little space
         if isinstance(value, dict):
             for key in value:
@@ -157,9 +155,9 @@ class Writer:
         config.BEFORE_EXIT.append(self.pool.shutdown)
 
     def reserve(self, tensors: list):
-        """Get memory for copies from a GPU while training goes on: it takes a second per GB.
+        """Allocate pinned memory for copies of GPU tensors in the background, a second per GB.
 
-        torch keeps it when this list of tensors is freed.
+        The tensors made here are freed at once, and torch keeps their memory for the copies.
         """
         options = dict(device="cpu", pin_memory=True)
         self.pool.submit(lambda: len([torch.empty_like(t, **options) for t in tensors]))
@@ -178,6 +176,10 @@ class Writer:
         self.futures.append(self.pool.submit(self.write, name, state, waited, copied))
 
     def write(self, name: str, state: dict, waited: float, copied):
+        """Write a copied state and say how long it took. copied: the GPU's event after the copies.
+
+        Raises OSError where latest.pt cannot be written.
+        """
         started = time.monotonic()
         if copied:  # not all of the GPU's work, which can wait for a rank that has ended
             copied.synchronize()

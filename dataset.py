@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Failure, Progress
-from files import has_layout, read_file, read_json, sha256_of
+from files import check_file, check_version, has_layout, read_file, read_json, sha256_of
 from hashing import hash_numbers, mix64
 from tokenizer import Tokenizer
 from tokenizer_files import load_tokenizer
@@ -41,6 +41,7 @@ HASHED_BYTES = 2_000_000_000  # smaller datasets are hashed whole at each start
 # of header (magic, version, number of tokens, zeros), then the tokens, of a type by the magic.
 HEADER_INTS = 256
 MAGIC_AND_VERSION = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}
+NO_HEADER = "nanoGPT's .bin and build-nanogpt's .npy have no header: prepare the text here"
 
 
 class Dataset:
@@ -62,9 +63,7 @@ class Dataset:
         else:
             hint = "name the tokenizer of its shards, as in --tokenizer=gpt2"
             if (folder / "train.bin").exists() or any(folder.glob("*.npy")):
-                hint = (
-                    "nanoGPT's .bin and build-nanogpt's .npy have no header: prepare the text here"
-                )
+                hint = NO_HEADER
             raise Failure(f"{folder} has no manifest.json; {hint}")
         self.records = {split: self.find_records(split) for split in SPLITS}
         self.train = self.open_split("train")
@@ -78,8 +77,8 @@ class Dataset:
         names = (f"*_{split}_[0-9]*.bin", f"*_{split}.bin")
         paths = sorted(path for name in names for path in self.folder.glob(name))
         if not paths:
-            hint = "(those of nanoGPT and build-nanogpt have no header: prepare the text here)"
-            raise Failure(f"{self.folder} has no shards like fineweb_{split}_000001.bin {hint}")
+            name = f"fineweb_{split}_000001.bin"
+            raise Failure(f"{self.folder} has no shards like {name}; {NO_HEADER}")
         return [{"file": path.name} for path in paths]
 
     def open_split(self, split: str) -> "Windows":
@@ -235,8 +234,7 @@ class Shard:
     """
 
     def __init__(self, path: Path):
-        if path.exists() and not path.is_file():  # reading a pipe would wait
-            raise Failure(f"{path} is not a file")
+        check_file(path)
         self.path, self.bytes = path, path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
         types = {numbers: dtype for dtype, numbers in MAGIC_AND_VERSION.items()}
@@ -323,9 +321,7 @@ def read_manifest(folder: Path) -> dict:
         manifest = read_json(path)
     except FileNotFoundError:
         raise Failure(f"{path} is missing: {folder} is not a dataset of prepare_data.py") from None
-    if manifest.get("format_version", 0) not in range(MANIFEST_VERSION + 1):
-        version = manifest["format_version"]
-        raise Failure(f"{path} has format_version {version}; this version reads {MANIFEST_VERSION}")
+    check_version(path, manifest, MANIFEST_VERSION)
     if not has_layout(manifest, MANIFEST):
         raise Failure(f"{path} is damaged: an entry is missing; prepare the dataset again")
     splits = [manifest["splits"][split] for split in SPLITS]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import requests
 
-from config import IN_USE, INPUT_OUTPUT, Failure
+from config import BAD_INPUT, IN_USE, INPUT_OUTPUT, Failure
 
 PARTIAL = ".partial"  # the subfolder in which files are until they are complete
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -24,10 +24,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_file(path: Path) -> bytes:
-    """What a file holds. Raises OSError, and Failure for a folder, or a pipe, which could wait."""
+def check_file(path: Path):
+    """Raise Failure for a folder, or a pipe, which a reader could wait for."""
     if path.exists() and not path.is_file():
         raise Failure(f"{path} is not a file")
+
+
+def read_file(path: Path) -> bytes:
+    """What a file holds. Raises OSError, and Failure as `check_file` does."""
+    check_file(path)
     return path.read_bytes()
 
 
@@ -45,6 +50,13 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, content: dict):
     with atomic_file(path) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def check_version(path: Path, content: dict, newest: int, code: int = BAD_INPUT):
+    """Raise Failure where the file's format is newer than `newest`; what has no version is old."""
+    version = content.get("format_version", 0)
+    if type(version) is not int or version not in range(newest + 1):
+        raise Failure(f"{path} has format_version {version}; this version reads {newest}", code)
 
 
 def has_layout(value, layout) -> bool:

@@ -81,8 +81,6 @@ def clear_folder(run):
 
 def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
     """A line if the disk lacks room for latest.pt, previous.pt and the one that replaces them."""
-    if not folder.exists():  # on another host
-        return ""
     needed = 3 * checkpoint_bytes
     saved = [*folder.glob("latest.pt"), *folder.glob("previous.pt")]
     room = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in saved)

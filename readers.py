@@ -229,6 +229,7 @@ class Reader:
                 self.skip("broken line", f"{path}:{number}: not JSON: {error}")
 
     def read_csv(self, blocks, path: Path, delimiter: str = ",") -> Iterator[tuple[str, str]]:
+        """One document per row. A row with another number of fields than the header is broken."""
         csv.field_size_limit(LINE_CHARACTERS)
         rows, header = csv.reader(lines_of(blocks), delimiter=delimiter, strict=True), []
         while True:

@@ -110,7 +110,7 @@ def export(settings: SampleConfig):
 def continue_prompt(model: GPT, tokenizer: Tokenizer, prompt: str):
     """Print how a model that was just trained continues a prompt."""
     with model.wte.weight.device:
-        copy = GPT(model.config)  # not compiled, and without the dtype of training
+        copy = GPT(model.config)  # that is not compiled
     copy.load_state_dict(model.state_dict())
     prepare_to_decode(copy, model.wte.weight.device, "auto")
     settings = SampleConfig(prompt=prompt, max_new_tokens=120)

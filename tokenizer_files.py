@@ -1,6 +1,5 @@
 """Tokenizers as files: by name, GPT-2's own, and Hugging Face's tokenizer.json in and out."""
 
-import os
 import re
 from dataclasses import replace
 from itertools import pairwise, zip_longest
@@ -30,7 +29,7 @@ def bpe_size(name: str) -> int:
     """N of bpe:N, 0 for another tokenizer. Raises ValueError for a name without meaning."""
     if re.fullmatch(r"bpe:[0-9]+", name) and 257 <= int(name[4:]) <= 1_000_000:
         return int(name[4:])
-    is_model = files.hub_repo(name) or (name and Path(os.path.expanduser(name)).is_dir())
+    is_model = files.hub_repo(name) or (name and Path(name).is_dir())
     if name != "bytes" and not name.endswith(".tiktoken") and not is_model:
         kinds = "gpt2, bytes, bpe:N (257 to 1000000), a .tiktoken file, a folder or OWNER/NAME"
         raise ValueError(f"tokenizer {name!r} is none of {kinds}")
@@ -45,7 +44,7 @@ def load_tokenizer(name: str, pattern: str, downloads: Path) -> Tokenizer:
     """
     if name == "bytes":
         return Tokenizer.from_tokens(BYTES, name, choose_pattern(name, "gpt2", pattern))
-    path = Path(os.path.expanduser(name))
+    path = Path(name)
     if name == "gpt2":
         path = files.fetch(GPT2_URL, downloads / "gpt2.tiktoken", GPT2_SHA256, GPT2_BYTES)
     elif path.suffix != ".tiktoken":

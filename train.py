@@ -143,7 +143,7 @@ def main(settings: TrainConfig):
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
             run = start_run(settings, ranks, dataset)
             ranks.on_rank_0(lambda: log.clear_folder(run))
-            run.print(describe(run))
+            ranks.on_rank_0(lambda: run.print(describe(run)))
             is_done = train(run)
         if is_done:
             report(run)
@@ -263,7 +263,7 @@ class Run:
         return bool(self.stop_requested or is_orphan or has_failed)
 
     def print(self, text: str):
-        """Print on rank 0. Training goes on where the screen's pipe or file is closed or full."""
+        """Print on rank 0, where a closed pipe or a full disk does not stop the training."""
         if self.ranks.rank == 0:
             config.say(text)
 
@@ -633,7 +633,7 @@ def validate(run: Run) -> float | None:
 
 
 def save_latest(run: Run):
-    """Write latest.pt while training goes on. Raises Failure where numbers are not finite."""
+    """Start to write latest.pt in the background. Raises Failure after a step not finite."""
     stop_if_not_finite(run)
     started = time.monotonic()
     finish_saving(run)  # one at a time
