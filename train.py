@@ -21,12 +21,10 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -34,13 +32,13 @@ import config
 import hardware
 import log
 import sample
-from config import INPUT_OUTPUT, NOT_FINITE, Failure
+from config import NOT_FINITE, Failure
 from dataset import Dataset, window_order
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
+from ranks import Ranks, launcher_is_gone, start_ranks
 
-PARENT = os.getppid()  # the process that started this one
 LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
@@ -137,7 +135,8 @@ def main(settings: TrainConfig):
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
         checkpoint.find_model(init_from)
     with contextlib.ExitStack() as stack:
-        with start_ranks(settings) as ranks:
+        device, timeout = hardware.find_device(settings.device), settings.distributed_timeout
+        with start_ranks(device, timeout, LESS_MEMORY) as ranks:
             dataset = open_dataset(settings, ranks)
             claim = log.claimed_folder(folder, init_from, settings.overwrite)
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
@@ -149,74 +148,6 @@ def main(settings: TrainConfig):
             report(run)
         else:
             run.print(f"stopped at step {run.step}; to continue: the same with --init_from=auto")
-
-
-@dataclass
-class Ranks:
-    """This process among those that train together: one per device, each with the whole model."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def min(self, value: int) -> int:
-        """The smallest `value` of all ranks, agreed between CPUs without waiting for a GPU."""
-        smallest = torch.tensor(int(value))
-        if self.world_size > 1:
-            dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        return int(smallest)
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
-        return self.min(not flag) == 0
-
-    def on_rank_0(self, task):
-        """Run `task` on rank 0 while the others wait. If it fails, all end and rank 0 says why."""
-        failure, code = None, 0
-        if self.rank == 0:
-            try:
-                task()
-            except (Failure, OSError) as error:
-                failure, code = error, getattr(error, "code", INPUT_OUTPUT)
-        code = -self.min(-code)  # the largest
-        if code:
-            raise failure or Failure("", code)  # without a text: rank 0 says why
-
-
-@contextlib.contextmanager
-def start_ranks(settings: TrainConfig):
-    """Yield this process's Ranks; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK."""
-    world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
-    device = hardware.find_device(settings.device)
-    if device.type == "cuda":
-        needed, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if needed > count:
-            raise Failure(f"{needed} processes for {count} GPUs: lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if world_size <= 1:
-        yield Ranks(0, 1, device)
-        return
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(attempt, store)  # torchrun keeps what a failed attempt left in it
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=settings.distributed_timeout)
-    dist.init_process_group(backend, None, timeout, world_size, rank, store)
-    with config.shared_failure(store, LESS_MEMORY):
-        yield Ranks(rank, world_size, device)
-    try:
-        if device.type == "cpu":
-            dist.barrier()  # a process that ends while gloo's threads still send can be aborted
-        dist.destroy_process_group()
-    except RuntimeError as error:  # a rank that has ended; the last checkpoint is written
-        print(f"rank {rank}, after the training: {error!r:.200}", file=sys.stderr)
 
 
 # The start of a run
@@ -258,9 +189,8 @@ class Run:
 
     def must_stop(self) -> bool:
         """Whether to save and end: asked to, or the launcher is gone, or a save has failed."""
-        is_orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         has_failed = self.writer and self.writer.has_failed()
-        return bool(self.stop_requested or is_orphan or has_failed)
+        return bool(self.stop_requested or launcher_is_gone() or has_failed)
 
     def print(self, text: str):
         """Print on rank 0, where a closed pipe or a full disk does not stop the training."""

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 from operator import add, floordiv, mul, neg, pos, sub, truediv
 from pathlib import Path
@@ -27,7 +26,6 @@ BEFORE_EXIT = []  # functions that wait for what is being written
 PATHS = "out_dir data_dir dataset init_from tokenizer checkpoint prompts text export_hf"
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun numbers the processes of a run
 FULL = "MemoryError|DefaultCPUAllocator|out of memory|ALLOC_FAILED"  # in errors: memory is full
-LOST_RANK = "gloo|nccl|Connection|Timed out"  # in torch's errors: another rank is gone
 
 
 def power(base, exponent):
@@ -89,40 +87,6 @@ def exit_on_failure(less_memory: str = ""):
             time.sleep(10 if RANK else 0)
             print_error(message)
         sys.exit(code)
-
-
-@contextlib.contextmanager
-def shared_failure(store, less_memory: str):
-    """Have all ranks end with the exit code of the first that fails, which alone says why.
-
-    store: the one that the ranks of torch.distributed share.
-    """
-    threading.Thread(target=end_with_first, args=(store,), daemon=True).start()
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, RuntimeError) and re.search(LOST_RANK, str(error)):
-            message = f"another rank ended or did not answer: {error!r:.200}"
-            error = Failure(message, INPUT_OUTPUT)
-        message, code = explain(error, less_memory) or (None, 1)
-        this = first = f"{code} {RANK}"
-        if message != "":  # else another rank is the first
-            with contextlib.suppress(RuntimeError):  # the launcher, which has the store, is gone
-                first = store.compare_set("failure", "", this).decode()
-        if message is None:  # not expected: a traceback
-            raise
-        if message and first == this:
-            print_error(message)
-        raise Failure("", int(first.split()[0])) from None
-
-
-def end_with_first(store):
-    """End this process if another rank has failed and this one waits for it on its GPU."""
-    with contextlib.suppress(RuntimeError):  # the launcher is gone
-        while not store.check(["failure"]):
-            time.sleep(1)
-        time.sleep(5)  # in which a rank that does not wait ends by itself
-        end_process(int(store.get("failure").split()[0]))
 
 
 def print_error(message: str):

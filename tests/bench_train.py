@@ -22,6 +22,7 @@ import config
 import hardware
 import train
 from model import GPT, GPTConfig, ModelShape
+from ranks import Ranks
 
 VOCAB_SIZE = 50257
 WARMUP_STEPS, STEPS = 5, 20
@@ -46,7 +47,7 @@ def main(settings: train.TrainConfig):
 
 def start_run(settings: train.TrainConfig) -> train.Run:
     """A run of these settings without a dataset."""
-    ranks = train.Ranks(0, 1, hardware.find_device(settings.device))
+    ranks = Ranks(0, 1, hardware.find_device(settings.device))
     hardware.keep_freed_memory()
     shape = {field.name: getattr(settings, field.name) for field in fields(ModelShape)}
     model = GPT(GPTConfig(vocab_size=VOCAB_SIZE, **shape))

@@ -14,7 +14,8 @@ from conftest import refused, write
 
 from dataset import Dataset, Shard, ShardWriter, Windows, read_manifest, shuffle, window_order
 from hashing import mix64
-from train import Ranks, Run, TrainConfig, micro_batch
+from ranks import Ranks
+from train import Run, TrainConfig, micro_batch
 
 
 def write_shards(folder, prefix: str, tokens, shard_tokens: int = 10**6, vocab_size: int = 257):

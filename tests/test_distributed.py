@@ -10,11 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import KINDS, ONE_THREAD, ROOT, metrics, run, tiny_arguments, tiny_run
 
 import checkpoint
 import files
-import train
+import ranks
 from config import INPUT_OUTPUT, NOT_FINITE
 
 LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -24,13 +25,13 @@ def losses(out_dir) -> list[tuple]:
     return metrics(out_dir, "loss") + metrics(out_dir, "val_loss")
 
 
-@pytest.mark.parametrize("kind, ranks", [("gpt2", 2), ("qwen3", 4)])
-def test_several_ranks_equal_one_and_a_run_may_change_their_number(data_dir, tmp_path, kind, ranks):
+@pytest.mark.parametrize("kind, count", [("gpt2", 2), ("qwen3", 4)])
+def test_several_ranks_equal_one_and_a_run_may_change_their_number(data_dir, tmp_path, kind, count):
     one, several = tmp_path / "one", tmp_path / "several"
     assert tiny_run(data_dir, one, *KINDS[kind]).returncode == 0
-    result = tiny_run(data_dir, several, *KINDS[kind], processes=ranks)
+    result = tiny_run(data_dir, several, *KINDS[kind], processes=count)
     assert result.returncode == 0, result.stderr
-    assert f"x {ranks} ranks" in result.stdout and result.stdout.count("validation loss") == 4
+    assert f"x {count} ranks" in result.stdout and result.stdout.count("validation loss") == 4
     for out_dir in (one, several):
         options = ["--init_from=resume", "--max_steps=16"]
         assert tiny_run(data_dir, out_dir, *KINDS[kind], *options).returncode == 0
@@ -171,10 +172,10 @@ def test_an_error_as_ranks_part_is_only_printed(monkeypatch, capsys):
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(train.dist, "rendezvous", lambda _: iter([(train.dist.HashStore(), 0, 2)]))
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **options: None)
-    monkeypatch.setattr(train.dist, "barrier", barrier)
-    with train.start_ranks(train.TrainConfig(device="cpu")):
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: None)
+    monkeypatch.setattr(dist, "barrier", barrier)
+    with ranks.start_ranks(torch.device("cpu"), 10, ""):
         pass
     assert "rank 0, after the training: RuntimeError" in capsys.readouterr().err
 

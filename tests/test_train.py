@@ -26,10 +26,11 @@ import train
 from config import IN_USE, INPUT_OUTPUT, NO_CHECKPOINT, NOT_FINITE
 from dataset import Dataset, window_order
 from model import GPT, GPTConfig
+from ranks import Ranks
 from tokenizer_files import load_tokenizer, save_hf_tokenizer
 from train import TrainConfig
 
-ALONE = train.Ranks(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 RESUME = "--init_from=resume"
 FINE_TUNE = ["--n_layer=12", "--n_head=12", "--n_embd=768"]  # the defaults, so none is chosen
 FIXED = [*FINE_TUNE, "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]  # nothing is learned
