@@ -42,7 +42,7 @@ class EvaluateConfig:
     stride: int = 0  # tokens between windows; fewer give more context; 0 = half the context
     json: bool = False  # print one JSON object
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU that has it
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: the best that a GPU is fast in
     compile: bool = False  # on a GPU: slow to start, then faster
 
     def check(self):
@@ -50,7 +50,9 @@ class EvaluateConfig:
         if not self.text:
             raise ValueError("name a text: python evaluate.py --text=book.txt (or data/NAME)")
         config.check_bounds(self, 0, "stride")
-        config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
+        config.check_choices(
+            self, device="auto cpu cuda mps", dtype="auto float32 bfloat16 float16"
+        )
 
 
 def main(settings: EvaluateConfig):

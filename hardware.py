@@ -28,9 +28,10 @@ def find_device(name: str) -> torch.device:
 
 
 def best_dtype(device: torch.device) -> str:
-    """bfloat16 on a GPU that has units for it, float32 elsewhere."""
-    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if is_fast else "float32"
+    """bfloat16 on a GPU that has units for it, float16 on one from before, float32 elsewhere."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def best_training_dtype(device: torch.device) -> str:

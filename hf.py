@@ -119,7 +119,7 @@ def load(folder: Path, dropout: float = 0.0) -> GPT:
 def save(model: GPT, folder: Path, end_of_text: int, dtype: torch.dtype = torch.float32):
     """Write `model` as a Hugging Face folder, each file complete or not at all.
 
-    end_of_text: the token that begins and ends texts. dtype: torch.float32 or torch.bfloat16.
+    end_of_text: the token that begins and ends texts. dtype: of the weights.
     """
     safetensors, config = require_safetensors(), model.config
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}

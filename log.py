@@ -91,8 +91,8 @@ def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
 
 
 def append_metrics(folder: Path, values: dict):
-    """Add one line to metrics.jsonl, without nan (not known). Training does not depend on it."""
-    known = {name: value for name, value in values.items() if value == value}
+    """Add one line to metrics.jsonl, without what is not finite. Training does not need it."""
+    known = {name: value for name, value in values.items() if math.isfinite(value)}
     try:
         with naming(folder / "metrics.jsonl"), open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(known) + "\n")

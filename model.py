@@ -93,7 +93,7 @@ def round_up(size: float, multiple: int) -> int:
 
 
 class Linear(nn.Linear):
-    """Computes in its input's type, which can be bfloat16 while the weights are in fp32.
+    """Computes in its input's type, which can have 16 bits while the weights are in fp32.
 
     Its weights are uninitialised: GPT.init_weights or a checkpoint fills them.
     """

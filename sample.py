@@ -62,7 +62,7 @@ class SampleConfig:
     stop: str = ""  # texts that end a continuation and are not shown, separated by |; \n = newline
     seed: int = 1337  # the same seed gives the same text on the same machine
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on a GPU that has it
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: the best that a GPU is fast in
     compile: bool = False  # on a GPU: fuse each step's kernels; slow to start, then faster
     export_hf: str = ""  # write model and tokenizer to this folder in Hugging Face's layout instead
 
@@ -73,7 +73,9 @@ class SampleConfig:
         config.check_bounds(self, 1e-9, "top_p repetition_penalty", below=1e9)
         if max(self.top_p, self.min_p) > 1:
             raise ValueError(f"top_p is {self.top_p}, min_p {self.min_p}: both must be at most 1")
-        config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
+        config.check_choices(
+            self, device="auto cpu cuda mps", dtype="auto float32 bfloat16 float16"
+        )
         names = ["prompt", "prompts", "interactive", "export_hf"]
         given = [name for name in names if getattr(self, name)]
         if len(given) > 1:
@@ -102,7 +104,7 @@ def export(settings: SampleConfig):
     hf.require_safetensors()  # before anything is written
     model, tokenizer = checkpoint.open_model(settings.checkpoint, settings.out_dir)
     save_hf_tokenizer(tokenizer, folder)
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     hf.save(model, folder, tokenizer.end_of_text, dtype)
     print(f"{folder}: AutoModelForCausalLM and AutoTokenizer load it", file=sys.stderr)
 

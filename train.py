@@ -78,7 +78,7 @@ class TrainConfig(ModelShape):
     sample_prompt: str = ""  # text that the trained model continues; "" = off
     distributed_timeout: int = 10  # minutes after which a rank gives up waiting for the others
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # of activations: float32, bfloat16, or auto: bfloat16 where it is fast
+    dtype: str = "auto"  # of activations: float32, bfloat16, float16; auto: the best that is fast
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: bool = False  # less memory for about a third more compute
 
@@ -91,7 +91,9 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "min_lr weight_decay grad_clip muon_learning_rate")
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
-        config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
+        config.check_choices(
+            self, dtype="auto float32 bfloat16 float16", device="auto cpu cuda mps"
+        )
         config.check_choices(self, compile="auto model blocks off")
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
@@ -176,6 +178,8 @@ class Run:
         self.found_inf = torch.zeros((), device=device)  # 1 from the first step not finite
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # that step
         self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # by this rank's loss
+        # small gradients are 0 in float16, unless the loss is scaled up for the backward pass
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.dtype == "float16")
 
     @property
     def folder(self) -> Path:
@@ -245,6 +249,8 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
         if saved:
             checkpoint.restore_optimizers(run.optimizers, saved)
+            if saved.get("scaler") and run.scaler.is_enabled():
+                run.scaler.load_state_dict(saved["scaler"])
             run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
             run.val_loss, run.val_step = saved["val_loss"], saved["val_step"]
             if saved["settings"]["eval_tokens"] != settings.eval_tokens:
@@ -382,14 +388,9 @@ def train(run: Run) -> bool:
                 loss = forward(*batch).mean() / run.micro_steps
                 # While the device works; after the last micro-step, the next step's first batch
                 batch = micro_batch(run, step, micro_step + 1)
-                loss.backward()
+                run.scaler.scale(loss).backward()
                 step_loss += loss.detach()
-            max_norm = settings.grad_clip or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
-            skip_if_not_finite(run, step_loss, grad_norm)
-            for optimizer in run.optimizers:
-                optimizer.step()
-            run.model.zero_grad()
+            grad_norm = update_weights(run, step_loss)
             run.step = step + 1
             if run.step % settings.log_interval == 0 or step == first_step:
                 log_step(run, meter, ranks.sum(step_loss) / ranks.world_size, grad_norm)
@@ -437,19 +438,35 @@ def catch_stop_requests(run: Run):
             signal.signal(number, handler)
 
 
+def update_weights(run: Run, loss: torch.Tensor) -> torch.Tensor:
+    """Clip the gradients, move the weights by them, and return the gradients' norm before."""
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    max_norm = run.settings.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+    skip_if_not_finite(run, loss, grad_norm)
+    for optimizer in run.optimizers:  # not scaler.step, which looks at each optimizer by itself
+        optimizer.step()
+    run.scaler.update()
+    run.model.zero_grad()
+    return grad_norm
+
+
 def skip_if_not_finite(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor):
     """Have optimizers skip this update, and all later ones, if one of these is not finite.
 
     The device decides, alike on all ranks, and nothing waits for it until `stop_if_not_finite`.
     """
-    is_bad = ~(loss.isfinite() & grad_norm.isfinite())
+    is_inf, scale = ~grad_norm.isfinite(), run.scaler.scale(torch.ones_like(loss))
+    # In float16 a too large gradient only skips an update and halves the scale, down to 1
+    is_bad = ~loss.isfinite() | (is_inf & (scale <= 1))
     found_inf = run.ranks.sum(is_bad.float()).clamp(max=1.0)
     is_first = found_inf > run.found_inf
     run.bad_step = torch.where(is_first, run.step, run.bad_step)
     run.is_bad_here = torch.where(is_first, ~loss.isfinite(), run.is_bad_here)
     run.found_inf = torch.maximum(run.found_inf, found_inf)
     for optimizer in run.optimizers:
-        optimizer.found_inf = run.found_inf
+        optimizer.found_inf = torch.maximum(run.found_inf, is_inf.float())
 
 
 def stop_if_not_finite(run: Run):
@@ -569,7 +586,8 @@ def save_latest(run: Run):
     finish_saving(run)  # one at a time
     if run.writer:
         optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-        run.writer.start("latest.pt", run_state(run) | {"optimizers": optimizers}, started)
+        extra = {"optimizers": optimizers, "scaler": run.scaler.state_dict()}
+        run.writer.start("latest.pt", run_state(run) | extra, started)
 
 
 def finish_saving(run: Run):

@@ -162,11 +162,12 @@ def test_dropout_and_activation_checkpointing(data_dir, tmp_path, kind):
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
-def test_micro_batch_and_bfloat16_change_only_rounding(finished, data_dir, tmp_path):
+def test_micro_batch_and_dtype_change_only_rounding(finished, data_dir, tmp_path):
     for option, message, close in (
         ("--micro_batch_size=8", "8 sequences of 32 x 1 micro-steps", 1e-4),
         ("--micro_batch_size=0", "8 sequences of 32 x 1 micro-steps", 1e-4),  # found by the program
         ("--dtype=bfloat16", "in bfloat16", 0.05),
+        ("--dtype=float16", "in float16", 0.01),
     ):
         result = tiny_run(data_dir, tmp_path / option, option, "--sample_prompt=Chapter")
         assert result.returncode == 0 and message in result.stdout
@@ -256,7 +257,12 @@ def break_at(monkeypatch, step: int, place: str):
             return losses
         if place == "loss":
             return losses * math.inf
-        model.ln_f.weight.register_hook(lambda gradient: gradient * math.nan)
+
+        def once(gradient):
+            hook.remove()
+            return gradient * math.nan
+
+        hook = model.ln_f.weight.register_hook(once)
         return losses
 
     monkeypatch.setattr(GPT, "forward", broken)
@@ -279,10 +285,41 @@ def test_a_step_that_is_not_finite_changes_nothing(data_dir, tmp_path, monkeypat
     assert_same_run(tmp_path / "whole", tmp_path / "parts", steps=[4, 8, 12])
 
 
+def test_float16_ends_where_its_scale_cannot_help(data_dir, tmp_path, monkeypatch):
+    step = train.update_weights
+
+    def broken(run, loss):
+        run.model.ln_f.weight.grad *= math.nan
+        return step(run, loss)
+
+    monkeypatch.setattr(train, "update_weights", broken)
+    result = tiny_run(data_dir, tmp_path / "run", "--dtype=float16", "--max_steps=20")
+    assert result.returncode == NOT_FINITE and "step 17: the gradient is not" in result.stderr
+
+
 def flip_a_byte(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float16_skips_an_update_that_overflows(data_dir, tmp_path, monkeypatch, kind):
+    """Then it continues with half the scale, which a resumed run keeps."""
+    whole, parts, options = tmp_path / "whole", tmp_path / "parts", [*KINDS[kind]]
+    options += ["--dtype=float16", "--checkpoint_interval=100"]
+    for folder in (whole, parts):
+        with monkeypatch.context() as patch:
+            break_at(patch, 4, "gradient")
+            if folder == parts:
+                send_when(patch, "log_step", 6, signal.SIGTERM)
+            result = tiny_run(data_dir, folder, *options)
+        assert result.returncode == 0, result.stderr
+    saved = checkpoint.load(parts / "latest.pt")
+    assert saved["scaler"]["scale"] == 2**15  # of 2**16
+    assert (saved["step"], saved["optimizers"][0]["state"][0]["step"]) == (6, 5)
+    assert tiny_run(data_dir, parts, *options, RESUME).returncode == 0
+    assert_same_run(whole, parts)
 
 
 def test_a_damaged_checkpoint_is_set_aside(finished, data_dir, tmp_path):
@@ -546,3 +583,9 @@ def test_a_gpu_trains_as_the_cpu_does(data_dir, tmp_path, kind, close):
         losses = [metrics(tmp_path / name, "loss") for name in ("cpu", "gpu")]
         assert np.allclose(*losses, atol=atol)
         assert weights(tmp_path / "cpu").keys() == weights(tmp_path / "gpu").keys()
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
+def test_an_apple_gpu_trains(data_dir, tmp_path):
+    result = tiny_run(data_dir, tmp_path / "run", "--device=mps", "--sample_prompt=Chapter")
+    assert result.returncode == 0 and "on mps in float32" in result.stdout, result.stderr
