@@ -180,6 +180,26 @@ def test_ranks_whose_launcher_is_killed_save_and_end(data_dir, tmp_path):
     assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == steps[-1][0]
 
 
+HASHING = """
+import config, dataset, os, time, train
+dataset.sha256_of = lambda path: os.write(1, b"hashing\\n") and time.sleep(25)
+config.run(train.main, train.TrainConfig, "")
+"""
+
+
+def test_ranks_whose_launcher_is_killed_while_they_hash_end(data_dir, tmp_path):
+    script, out_dir = tmp_path / "patched.py", tmp_path / "run"
+    script.write_text(HASHING)
+    command = [sys.executable, "-m", *LAUNCHER, script, *tiny_arguments(data_dir, out_dir)]
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert any(line == b"hashing\n" for line in process.stdout)
+        process.kill()
+        process.communicate(timeout=10)  # until the last rank has ended
+    assert [path.name for path in out_dir.iterdir()] == ["lock"]
+
+
 def wait_until(is_true, seconds=60):
     deadline = time.monotonic() + seconds
     while not is_true():
