@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -121,9 +122,15 @@ def shared_failure(store, less_memory: str):
 
 
 def end_with_first(store):
-    """End this process if another rank has failed and this one waits for it on its GPU."""
+    """End this process if another rank has failed and this one waits for it on its GPU.
+
+    If the launcher is gone, ask this process to stop: before the loop, that ends it at once.
+    """
     with contextlib.suppress(RuntimeError):  # the launcher is gone
         while not store.check(["failure"]):
             time.sleep(1)
         time.sleep(5)  # in which a rank that does not wait ends by itself
         config.end_process(int(store.get("failure").split()[0]))
+    time.sleep(1)  # a launcher's end takes a moment
+    if launcher_is_gone():
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -181,6 +181,8 @@ def read_recipe(path: Path, settings_class) -> dict:
     """The settings of a recipe file. Raises Failure at file:line for anything else."""
     values, line = {}, 1
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait
+            raise Failure(f"{path} is not a file")
         for node in ast.parse(path.read_text(encoding="utf-8-sig")).body:
             line = node.lineno
             match node:

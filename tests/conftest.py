@@ -73,8 +73,11 @@ def split_tokens(dataset, split: str):
 
 def refused(message: str, function, *arguments, code=config.BAD_INPUT, **options):
     """Assert that the call raises a Failure with this message and code, in at most three lines."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits, as for a pipe"))
+    signal.alarm(20)
     with pytest.raises(config.Failure, match=message) as failure:
         function(*arguments, **options)
+    signal.alarm(0)
     assert failure.value.code == code and str(failure.value).count("\n") < 3
     return str(failure.value)
 

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import sys
 import zipfile
 
 import pytest
 import torch
-from conftest import FIXTURES, refused, tiny_run
+from conftest import FIXTURES, refused, run, tiny_run
 
 import checkpoint
 from config import NO_CHECKPOINT
@@ -175,6 +176,23 @@ def save_three(folder, kill_at: int):
             (folder / "done").write_text(str(step))
     finally:
         os._exit(0)
+
+
+PEAK = """
+import checkpoint, pathlib, sys
+def peak():  # bytes; getrusage has the parent's, too
+    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+before = peak()
+checkpoint.load(pathlib.Path(sys.argv[1]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_the_memory_of_the_file(tmp_path):
+    path, weights = tmp_path / "c.pt", {str(n): torch.ones(5_000_000) for n in range(10)}
+    checkpoint.save(path, some_state() | {"model": weights})
+    assert 0.9 < int(run("-c", PEAK, path).stdout) / path.stat().st_size < 1.2
 
 
 def test_the_names_of_a_model(tmp_path, capsys):

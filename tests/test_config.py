@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ROOT, run_inside, write
+from conftest import ROOT, refused, run_inside, write
 
 import config
 import evaluate
@@ -88,6 +88,12 @@ def error_of(arguments: list[str], positional="") -> str:
 )
 def test_a_bad_recipe_is_refused_at_its_line(tmp_path, text, message):
     assert message in error_of([str(write(tmp_path / "recipe.py", text))])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_recipe_is_a_file(tmp_path, make):
+    make(tmp_path / "recipe.py")
+    refused("recipe.py is not a file", config.load, Toy, [str(tmp_path / "recipe.py")])
 
 
 @pytest.mark.parametrize(

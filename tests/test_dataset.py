@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import struct
 from types import SimpleNamespace
@@ -117,10 +118,13 @@ def test_bytes_that_are_not_the_manifests_are_noticed(tiny, monkeypatch):
     refused(message, dataset.verify, hash_all=True, is_known=True)
 
 
-DAMAGE = [  # a file, its new content (None: deleted), the message
+DAMAGE = [  # a file, its new content, or what makes it (None: deleted), the message
     ("tokenizer.tiktoken", "AQ== 0\n", "is not the one in"),
     ("manifest.json", '{"name', "is damaged, or is not JSON"),
     ("manifest.json", "{}", "an entry is missing"),
+    ("tokenizer.tiktoken", os.mkdir, "tokenizer.tiktoken is not a file"),
+    ("manifest.json", os.mkfifo, "manifest.json is not a file"),
+    ("tiny_val_000000.bin", os.mkfifo, "tiny_val_000000.bin is not a file"),
     ("manifest.json", None, "has no manifest.json; name the tokenizer"),
 ]
 
@@ -128,7 +132,9 @@ DAMAGE = [  # a file, its new content (None: deleted), the message
 @pytest.mark.parametrize("name, content, message", DAMAGE)
 def test_a_damaged_dataset_is_refused(tiny, name, content, message):
     (tiny / name).unlink()
-    if content:
+    if callable(content):
+        content(tiny / name)
+    elif content:
         write(tiny / name, content)
     refused(message, Dataset, tiny, 16)
 

@@ -19,6 +19,9 @@ import ranks
 from config import INPUT_OUTPUT, NOT_FINITE
 
 LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+cuda = pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])
+devices = pytest.mark.parametrize("device", ["cpu", cuda])
 
 
 def losses(out_dir) -> list[tuple]:
@@ -55,18 +58,22 @@ def test_a_failure_is_printed_once(data_dir, tmp_path, option, message):
 
 
 PATCHED = """
-import config, math, os, signal, sys, time, train
+import checkpoint, config, math, os, signal, sys, time, train
 forward, calls, here = train.GPT.forward, iter(range(10**9)), os.environ["RANK"] == "1"
 def broken(model, tokens, targets):
     losses, is_now = forward(model, tokens, targets), model.training and next(calls) == 10 and here
     if is_now:
         {}
     return losses
-train.GPT.forward = broken
+def recorded(run, stop=train.stop_if_not_finite):
+    state = [run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]]
+    with open(f"{{run.folder}}/rank {{run.ranks.rank}}", "a") as file:
+        print(run.step, checkpoint.checksum(state), file=file)
+    stop(run)
+train.GPT.forward, train.stop_if_not_finite = broken, recorded
 config.run(train.main, train.TrainConfig, "")
 """
 ON_RANK_1 = [  # what rank 1 does in the sixth step, what is printed once, and a rank's exit code
-    ("losses *= math.nan", "rank 1 is not finite (windows at positions 40 to 47)", NOT_FINITE),
     ("raise OSError('x.bin: gone')", "patched.py, rank 1: OSError: x.bin: gone", INPUT_OUTPUT),
     ("raise RuntimeError('CUDA out of memory')", "rank 1: memory is full; a smaller", 2),
     ("os.kill(os.getpid(), signal.SIGKILL)", "another rank ended or did not answer", -9),
@@ -82,11 +89,9 @@ def run_patched(action: str, data_dir, out_dir, *options, restarts=0):
     return run("-m", *LAUNCHER, *arguments, *options, PYTHONPATH=str(ROOT))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@devices
 @pytest.mark.parametrize("action, message, code", ON_RANK_1)
 def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, code, device):
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     started = time.monotonic()
     options = [f"--device={device}", "--compile=off"]
     result = run_patched(action, data_dir, tmp_path / "run", *options)
@@ -97,7 +102,24 @@ def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, 
     assert printed.count(message) == 1 and "Traceback" not in printed, printed
     assert f"exitcode  : {code} " in result.stderr or result.returncode == code == 0
     step = checkpoint.load(tmp_path / "run" / "latest.pt")["step"]
-    assert step == {NOT_FINITE: 5, 0: 6}.get(code, 4)
+    assert step == (4 if code else 6)
+
+
+@devices
+@pytest.mark.parametrize("sign", ["*", "+"])  # the gradient, too, is not finite; or the loss alone
+def test_a_step_not_finite_on_one_rank_changes_nothing_on_any(data_dir, tmp_path, sign, device):
+    """Found by the log three steps later; the state at step 5, which was saved, is saved again."""
+    options = ["--log_interval=4", "--checkpoint_interval=5", "--eval_interval=100"]
+    options += ["--optimizer=muon", f"--device={device}", "--compile=off"]
+    action, out_dir = f"losses {sign}= math.nan", tmp_path / "run"
+    result = run_patched(action, data_dir, out_dir, *options)
+    assert result.stderr.count("rank 1 is not finite (windows at positions 40 to 47)") == 1
+    assert f"exitcode  : {NOT_FINITE} " in result.stderr
+    assert checkpoint.load(out_dir / "latest.pt")["step"] == 5
+    for rank in (0, 1):
+        words = (out_dir / f"rank {rank}").read_text().split()
+        steps, sums = words[::2], words[1::2]
+        assert steps == ["1", "4", "5", "8", "5"] and sums[1] != sums[2] == sums[3] == sums[4]
 
 
 def test_a_launcher_restarts_a_run_that_failed(data_dir, tmp_path):
@@ -158,6 +180,26 @@ def test_ranks_whose_launcher_is_killed_save_and_end(data_dir, tmp_path):
     assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == steps[-1][0]
 
 
+HASHING = """
+import config, dataset, os, time, train
+dataset.sha256_of = lambda path: os.write(1, b"hashing\\n") and time.sleep(25)
+config.run(train.main, train.TrainConfig, "")
+"""
+
+
+def test_ranks_whose_launcher_is_killed_while_they_hash_end(data_dir, tmp_path):
+    script, out_dir = tmp_path / "patched.py", tmp_path / "run"
+    script.write_text(HASHING)
+    command = [sys.executable, "-m", *LAUNCHER, script, *tiny_arguments(data_dir, out_dir)]
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert any(line == b"hashing\n" for line in process.stdout)
+        process.kill()
+        process.communicate(timeout=10)  # until the last rank has ended
+    assert [path.name for path in out_dir.iterdir()] == ["lock"]
+
+
 def wait_until(is_true, seconds=60):
     deadline = time.monotonic() + seconds
     while not is_true():
@@ -181,10 +223,9 @@ def test_an_error_as_ranks_part_is_only_printed(monkeypatch, capsys):
 
 
 @pytest.mark.gpu
+@two_gpus
 @pytest.mark.parametrize("kind, compiled", [(k, "auto") for k in KINDS] + [("gpt2", "blocks")])
 def test_two_gpus_equal_one(data_dir, tmp_path, kind, compiled):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     options = [*KINDS[kind], "--device=cuda"]
     assert tiny_run(data_dir, tmp_path / "one", *options).returncode == 0
     options.append(f"--compile={compiled}")

@@ -1,6 +1,7 @@
 """What a run reports about itself and about its machine."""
 
 import math
+import os
 import shlex
 import sys
 from types import SimpleNamespace
@@ -48,6 +49,17 @@ def test_metrics_are_cut_at_a_step_and_drawn(tmp_path, monkeypatch, capsys):
     assert (folder / "loss.png").read_bytes() == picture and not [*folder.glob(".*")]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in log.draw_losses(folder)
+
+
+def test_a_disk_without_room_for_three_checkpoints_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(log.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
+    for name, room in (("best.pt", "2.0"), ("latest.pt", "2.5")):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 500_000_000)
+        warning = log.warn_of_room(tmp_path, 1_000_000_000)
+        assert f"three checkpoints need 3.0 GB, there is room for {room}" in warning
+    os.link(tmp_path / "latest.pt", tmp_path / "previous.pt")
+    assert log.warn_of_room(tmp_path, 1_000_000_000) == ""
 
 
 def test_a_gpu_has_the_peak_of_its_longest_name(monkeypatch):

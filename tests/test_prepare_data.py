@@ -308,6 +308,24 @@ def test_a_run_killed_at_any_moment_leaves_all_or_nothing(tmp_path):
     assert sorted(os.listdir(folder.parent)) == [".mine.lock", "mine"]
 
 
+def test_a_dataset_gets_its_name_once_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    done = []  # files, as they were when they were flushed
+
+    def state(file) -> tuple:
+        return os.stat(file).st_ino, os.path.isdir(file) or os.stat(file).st_size
+
+    def rename(*names, rename=os.rename):
+        done.append("renamed")
+        rename(*names)
+
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(state(number)))
+    monkeypatch.setattr(os, "rename", rename)
+    folder = prepare_data.prepare(settings_for(tmp_path, random_texts(30)))
+    flushed = done[: done.index("renamed")]
+    assert {state(path) for path in (folder, *folder.iterdir())} <= {*flushed}
+    assert done[-2:] == ["renamed", state(folder.parent)]
+
+
 @pytest.mark.parametrize("can_link", [True, False])
 def test_merged_datasets_have_what_both_had(tmp_path, monkeypatch, can_link):
     texts = random_texts(60)

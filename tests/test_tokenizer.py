@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -185,7 +186,9 @@ def test_the_pattern_of_a_file_is_known_or_asked_for(tmp_path):
     write(tmp_path / "manifest.json", json.dumps({"tokenizer": mine.record()}))
     assert load(path).same_ids(mine)
     refused("splits text as gpt4, not as --split_pattern=qwen", load, path, "qwen")
-    refused("there is no file", load, tmp_path / "none.tiktoken")
+    os.mkfifo(tmp_path / "pipe.tiktoken")
+    for name in ("none.tiktoken", "pipe.tiktoken"):
+        refused("there is no file", load, tmp_path / name)
     damaged = {"tokenizer": mine.record() | {"added_tokens": [1]}}
     write(tmp_path / "manifest.json", json.dumps(damaged))
     refused("added_tokens is not an object", load, path)

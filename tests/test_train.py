@@ -371,19 +371,29 @@ def test_what_is_not_needed_cannot_stop_training(finished, data_dir, tmp_path, m
         (out_dir / name).touch()
     monkeypatch.setattr(checkpoint, "save", save)
     monkeypatch.setattr(log, "naming", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     result = tiny_run(data_dir, out_dir)
     assert result.returncode == 0 and f"warning: {out_dir}/best.pt: no" in result.stdout
     assert "warning: a line of the log is lost" in result.stdout
+    assert "three checkpoints need" in result.stdout.split("step      1")[0]
     assert same(weights(out_dir), weights(finished[0]))
     assert (out_dir / "mine.txt").exists() and not (out_dir / ".partial").exists()
 
 
-def test_a_full_disk_behind_standard_output_does_not_stop_training(data_dir, tmp_path):
+@pytest.mark.parametrize("code", [INPUT_OUTPUT, 0], ids=["full disk", "| head -1"])
+def test_no_standard_output_stops_training(data_dir, tmp_path, code):
     arguments = conftest.tiny_arguments(data_dir, tmp_path / "run")
+    command = [sys.executable, conftest.ROOT / "train.py", *arguments]
+    environment = os.environ | conftest.ONE_THREAD | {"PYTHONUNBUFFERED": ""}
     with open("/dev/full", "w") as full:
-        command = [sys.executable, conftest.ROOT / "train.py", *arguments]
-        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
-    assert process.returncode == INPUT_OUTPUT and b"Traceback" not in process.stderr
+        pipes = dict(stdout=full if code else subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, env=environment, **pipes)
+    with process:
+        if process.stdout:
+            assert process.stdout.readline().startswith(b"model")
+            process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == code and error.count(b"\n") == (code > 0)
     assert checkpoint.load(tmp_path / "run" / "latest.pt")["step"] == 12
 
 
