@@ -128,16 +128,16 @@ def perplexity(loss: float) -> float:
 
 def print_report(folder: Path, val_loss: float, dataset):
     """Print what a run reached, beside the bits per byte of compressors, and draw its losses."""
-    print(f"\nvalidation loss {val_loss:.4f} nats per token, perplexity {perplexity(val_loss):.2f}")
+    say(f"\nvalidation loss {val_loss:.4f} nats per token, perplexity {perplexity(val_loss):.2f}")
     if dataset.manifest:
         bits_per_byte = dataset.bits_per_byte(val_loss)
         compressors = dataset.manifest["splits"]["val"].get("compressed_bits_per_byte", {})
         bits = {name: value for name, value in compressors.items() if isinstance(value, float)}
         others = "".join(f"; {name} needs {value:.3f}" for name, value in bits.items())
-        print(f"{bits_per_byte:.3f} bits per byte of validation text{others}")
-    print(draw_losses(folder))
+        say(f"{bits_per_byte:.3f} bits per byte of validation text{others}")
+    say(draw_losses(folder))
     checkpoint = shlex.quote(f"--checkpoint={folder / 'latest.pt'}")
-    print(f"to sample from it: python sample.py {checkpoint}")
+    say(f"to sample from it: python sample.py {checkpoint}")
 
 
 def draw_losses(folder: Path) -> str:

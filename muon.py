@@ -47,9 +47,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         for shape, pairs in self.by_shape(weights, updates).items():
             matrices, directions = zip(*pairs)
-            orthogonal = split(orthogonalize, torch.stack(directions)).to(matrices[0].dtype)
+            dtype = torch.bfloat16 if matrices[0].is_cuda else matrices[0].dtype
+            batch = matrices[0].new_empty(len(matrices), *shape, dtype=dtype)
+            torch._foreach_copy_(batch.unbind(), directions)
             scale = 0.2 * math.sqrt(max(shape))  # orthogonal: a mean square of 1 / max(shape)
-            torch._foreach_add_(matrices, (orthogonal * (-lr * scale)).unbind())
+            moves = split(orthogonalize, batch) * (-lr * scale)
+            torch._foreach_add_(matrices, moves.unbind())
 
     def by_shape(self, weights, updates) -> dict:
         """Pairs of a matrix and its update by their shape; stacked matrices are taken apart."""
@@ -77,16 +80,16 @@ def split(function, batch: torch.Tensor) -> torch.Tensor:
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Bring the singular values of matrices (N, R, C) near 1 and keep their directions.
 
-    Five steps of a Newton-Schulz iteration, in bfloat16 on a GPU: each maps a singular value s to
-    3.4445 s - 4.7750 s^3 + 2.0315 s^5, coefficients by Jordan et al. 2024. Values of at least
-    0.0015 of the matrix's norm end between 0.68 and 1.2, which trains as well as 1; smaller ones
-    end lower.
+    Five steps of a Newton-Schulz iteration: each maps a singular value s to 3.4445 s - 4.7750 s^3 +
+    2.0315 s^5, coefficients by Jordan et al. 2024. Values of at least 0.0015 of the matrix's norm
+    end between 0.68 and 1.2, which trains as well as 1, in bfloat16, too; smaller ones end lower.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x.mT if x.size(1) > x.size(2) else x
+    is_tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT.contiguous() if is_tall else matrices  # a product of wide ones is smaller
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-    return x.mT if matrices.size(1) > matrices.size(2) else x
+        polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+        x = polynomial @ x
+    return x.mT if is_tall else x
