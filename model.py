@@ -128,6 +128,9 @@ def attend(q, k, v, dropout: float, cache=None):
 
     cache: one layer of a KVCache, see GPT.next_logits. Vaswani et al. 2017, section 3.2.
     """
+    dtype, is_short = q.dtype, q.is_cpu and q.size(1) < 512
+    if is_short and cache is None:  # PyTorch's kernel for CPUs is slower in bfloat16
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) and twice (B, K, T, D)
     if cache is not None:
         k, v = cache.append(k, v)  # (B, K, S, D)
@@ -135,7 +138,7 @@ def attend(q, k, v, dropout: float, cache=None):
     y = F.scaled_dot_product_attention(
         q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=k.size(1) != q.size(1)
     )
-    return y.transpose(1, 2).flatten(2)  # (B, T, H * D)
+    return y.transpose(1, 2).flatten(2).to(dtype)  # (B, T, H * D)
 
 
 # GPT-2: the two halves of a block
