@@ -70,6 +70,8 @@ def load(path: Path) -> dict:
     state.setdefault("val_step", state.get("step"))  # 0.1 had none
     if not files.has_layout(state, CHECKPOINT) or state["step"] < 0:
         raise Failure(f"{path} lacks an entry of a checkpoint", NO_CHECKPOINT)
+    if isinstance(was := state["settings"].get("activation_checkpointing"), bool):  # in 0.1
+        state["settings"]["activation_checkpointing"] = "full" if was else "off"
     return state
 
 

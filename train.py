@@ -39,7 +39,7 @@ from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 from ranks import Ranks, launcher_is_gone, start_ranks
 
-LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
+LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=full needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
 
@@ -80,7 +80,7 @@ class TrainConfig(ModelShape):
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
     dtype: str = "auto"  # of activations: float32, bfloat16, or auto: bfloat16 where it is fast
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
-    activation_checkpointing: bool = False  # less memory for about a third more compute
+    activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
 
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
@@ -93,6 +93,7 @@ class TrainConfig(ModelShape):
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
         config.check_choices(self, compile="auto model blocks off")
+        config.check_choices(self, activation_checkpointing="off selective full")
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
@@ -273,7 +274,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         share = settings.step_sequences // ranks.world_size
         size = ranks.min(hardware.fitting_micro_batch_size(model, share, settings.block_size))
     if not size:
-        hint = "try --activation_checkpointing=True or a smaller --block_size"
+        hint = "try --activation_checkpointing=full or a smaller --block_size"
         raise Failure(f"not one sequence fits; {hint}")
     changes = dict(device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
     settings = replace(settings, **changes)

@@ -155,11 +155,14 @@ def test_validation_is_the_mean_over_its_windows(finished, data_dir):
 def test_dropout_and_activation_checkpointing(data_dir, tmp_path, kind):
     """Dropout depends on the seed and the step alone, so checkpointing changes nothing."""
     found = []
-    for option in ("seed=1337", "activation_checkpointing=True", "dropout=0"):
+    name = "activation_checkpointing"
+    for option in ("seed=1337", f"{name}=selective", f"{name}=full", "dropout=0"):
         options = [*KINDS[kind], "--dropout=0.2", f"--{option}"]
         assert tiny_run(data_dir, tmp_path / option, *options).returncode == 0
         found.append(weights(tmp_path / option))
-    assert same(found[0], found[1]) and not same(found[0], found[2])
+    assert same(found[0], found[1]) and same(found[0], found[2]) and not same(found[0], found[3])
+    result = tiny_run(data_dir, tmp_path / "other", f"--{name}=True")
+    assert "must be one of off, selective, full" in result.stderr
 
 
 def test_micro_batch_and_bfloat16_change_only_rounding(finished, data_dir, tmp_path):
