@@ -4,15 +4,20 @@ import contextlib
 import ctypes
 import importlib.util
 import math
+import re
 import sys
 
 import torch
 
 from config import Failure
 
-# Dense bfloat16, by the vendors' datasheets; the first key found in the device's name counts
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989}
-PEAK_TFLOPS |= {"A100": 312, "L40S": 362, "RTX 4090": 165}
+# Dense bfloat16 products with sums in fp32, by the vendor's datasheets and white papers (T4, V100:
+# float16, they have no bfloat16). The first that is a whole word of the device's name counts.
+PEAK_TFLOPS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756}
+PEAK_TFLOPS |= {"H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65}
+PEAK_TFLOPS |= {"V100-SXM2": 125, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
+TWICE_IN_FLOAT8 = "B200 H200 H100 L40S L4"  # GeForce's rate depends on how products are summed
+SLOWER_KINDS = r"Laptop|Max-Q|MIG|-\d+[QC]"  # half the card's name, or a part of a card
 
 
 def find_device(name: str) -> torch.device:
@@ -62,10 +67,18 @@ def keep_freed_memory():
 
 def peak_flops(device: torch.device, dtype: str) -> float:
     """FLOP/s that the device reaches at most; 0 where the table does not have it."""
-    if device.type != "cuda" or dtype != "bfloat16":
+    return named_peak_flops(torch.cuda.get_device_name(), dtype) if device.type == "cuda" else 0.0
+
+
+def named_peak_flops(name: str, dtype: str) -> float:
+    """The same for a card's name, as in "H100" or "NVIDIA A100-SXM4-80GB"."""
+    found = (key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b(?! Ti| D)", name))
+    card = next(found, None)
+    if card is None or dtype == "float32" or re.search(SLOWER_KINDS, name):
         return 0.0
-    name = torch.cuda.get_device_name()
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), 0.0)
+    if dtype == "float8":
+        return 2e12 * PEAK_TFLOPS[card] if card.split()[0] in TWICE_IN_FLOAT8.split() else 0.0
+    return 1e12 * PEAK_TFLOPS[card]
 
 
 def memory_gib(device: torch.device) -> float:
