@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from config import Failure
+from config import FULL, Failure
 
 # Dense bfloat16 products with sums in fp32, by the vendor's datasheets and white papers (T4, V100:
 # float16, they have no bfloat16). The first that is a whole word of the device's name counts.
@@ -92,16 +92,45 @@ def memory_gib(device: torch.device) -> float:
 
 
 def fitting_micro_batch_size(model, sequences: int, block_size: int) -> int:
-    """The largest divisor of `sequences` whose forward and backward fit; 0 where not even 1 does.
+    """The largest of `micro_batch_sizes` whose forward and backward fit; 0 where not even 1 does.
 
-    sequences: a rank's share of a step. Tried uncompiled, which needs more memory than compiled. A
-    CPU is fastest when it works within its caches: about 1,024 tokens.
+    Tried uncompiled, which needs more memory than compiled.
     """
     is_cuda = model.wte.weight.is_cuda
-    max_tokens = 65536 if is_cuda else 1024
-    max_size = min(sequences, max(1, max_tokens // block_size))
-    sizes = [size for size in range(max_size, 0, -1) if sequences % size == 0]
+    sizes = micro_batch_sizes(sequences, block_size, is_cuda)
     return next((size for size in sizes if not is_cuda or fits(model, size, block_size)), 0)
+
+
+def micro_batch_sizes(sequences: int, block_size: int, is_gpu: bool) -> list[int]:
+    """The divisors of a rank's sequences in a step that are worth trying, the largest first.
+
+    A GPU is no faster with more than 65,536 tokens. A CPU is fastest when it works within its
+    caches: about 1,024 tokens.
+    """
+    max_size = min(sequences, max(1, (65536 if is_gpu else 1024) // block_size))
+    return [size for size in range(max_size, 0, -1) if sequences % size == 0] or [1]
+
+
+@contextlib.contextmanager
+def naming_less_memory(settings: dict):
+    """Where memory is full inside, raise Failure with the settings that need less, and values."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if re.search(FULL, repr(error)):
+            raise Failure(f"memory is full; {less_memory(settings)}") from None
+        raise
+
+
+def less_memory(settings: dict) -> str:
+    """What to set where these settings of train.py need more memory than there is."""
+    size, recompute = settings["micro_batch_size"], settings["activation_checkpointing"]
+    changes = [f"--micro_batch_size={n}" for n in range(size // 2, 0, -1) if size % n == 0][:1]
+    if recompute != "full":
+        more = "selective" if recompute == "off" else "full"
+        changes.append(f"--activation_checkpointing={more}")
+    now = f"micro_batch_size is {size}, activation_checkpointing {recompute}"
+    return f"{' or '.join(changes or ['a smaller --block_size'])} needs less ({now})"
 
 
 def fits(model, sequences: int, block_size: int) -> bool:

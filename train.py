@@ -31,6 +31,7 @@ import checkpoint
 import config
 import hardware
 import log
+import plan
 import sample
 from config import NOT_FINITE, Failure
 from dataset import Dataset, window_order
@@ -82,6 +83,9 @@ class TrainConfig(ModelShape):
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
 
+    plan: bool = False  # print sizes, memory, time and what published rules say; train nothing
+    plan_gpus: str = ""  # of a plan: the hardware, as in "8 x H100 80GB"; "" = this machine's
+
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
         self.check_shape()
@@ -99,6 +103,8 @@ class TrainConfig(ModelShape):
         if self.fine_tunes and chosen:
             reason = f"{self.init_from} has its own shape (config/finetune.py names none)"
             raise ValueError(f"{chosen[0]} has no effect: {reason}")
+        if self.plan and self.fine_tunes:
+            raise ValueError(f"a plan is for a new model: {self.init_from} has its own shape")
         if self.init_from == "auto" and self.overwrite:
             raise ValueError("init_from auto continues a run, overwrite loses it: choose one")
         if self.min_lr > self.learning_rate:
@@ -124,6 +130,11 @@ class TrainConfig(ModelShape):
         return self.init_from not in ("scratch", "resume", "auto")
 
     @property
+    def dataset_folder(self) -> Path:
+        name = Path(self.dataset)
+        return name if (name / "manifest.json").exists() else Path(self.data_dir, name)
+
+    @property
     def step_sequences(self) -> int:
         """Sequences of an optimizer step, over all ranks."""
         return self.batch_tokens // self.block_size
@@ -131,6 +142,9 @@ class TrainConfig(ModelShape):
 
 def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
+    if settings.plan:
+        print(plan.describe(asdict(settings), settings.dataset_folder))
+        return
     folder, init_from = Path(settings.out_dir), settings.init_from
     log.check_folder(folder, init_from, settings.overwrite)  # first: what follows can take long
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
@@ -144,7 +158,8 @@ def main(settings: TrainConfig):
             run = start_run(settings, ranks, dataset)
             ranks.on_rank_0(lambda: log.clear_folder(run))
             ranks.on_rank_0(lambda: run.print(describe(run)))
-            is_done = train(run)
+            with hardware.naming_less_memory(asdict(run.settings)):
+                is_done = train(run)
         if is_done:
             report(run)
         else:
@@ -206,8 +221,7 @@ class Run:
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
     """Open the dataset; make it first where it is missing and takes seconds. Raises Failure."""
-    name = settings.dataset
-    folder = Path(name) if Path(name, "manifest.json").exists() else Path(settings.data_dir, name)
+    name, folder = settings.dataset, settings.dataset_folder
 
     def make_if_missing():
         if folder.exists():
@@ -274,8 +288,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         share = settings.step_sequences // ranks.world_size
         size = ranks.min(hardware.fitting_micro_batch_size(model, share, settings.block_size))
     if not size:
-        hint = "try --activation_checkpointing=full or a smaller --block_size"
-        raise Failure(f"not one sequence fits; {hint}")
+        raise Failure(f"not one sequence fits; {hardware.less_memory(asdict(settings))}")
     changes = dict(device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
     settings = replace(settings, **changes)
     settings.check()  # whatever a checkpoint says

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import refused
 
 import hardware
 import log
@@ -84,6 +85,28 @@ def test_a_gpu_has_the_peak_of_its_own_name(monkeypatch):
     assert hardware.named_peak_flops("H100", "float8") == 2 * 989e12
     for name, dtype in (("A100", "float8"), ("RTX 4090", "float8"), ("H100", "float32")):
         assert hardware.named_peak_flops(name, dtype) == 0
+
+
+@pytest.mark.parametrize(
+    "size, recompute, changes",
+    [
+        (16, "off", "--micro_batch_size=8 or --activation_checkpointing=selective needs less"),
+        (9, "selective", "--micro_batch_size=3 or --activation_checkpointing=full needs less"),
+        (1, "full", "a smaller --block_size needs less"),
+    ],
+)
+def test_full_memory_names_what_to_change_and_to_which_value(size, recompute, changes):
+    settings = dict(micro_batch_size=size, activation_checkpointing=recompute)
+
+    def run_with(error):
+        with hardware.naming_less_memory(settings):
+            raise error
+
+    wanted = f"^memory is full; {changes} .micro_batch_size is {size}, activation_ch.* {recompute}"
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError()):
+        refused(wanted, run_with, error)
+    with pytest.raises(RuntimeError, match="another"):
+        run_with(RuntimeError("another"))
 
 
 @pytest.mark.parametrize("has_units, dtype", [(True, "bfloat16"), (False, "float32")])
