@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import hardware
-from dataset import read_manifest
+from dataset import find_folder, read_manifest
 from model import GPT, MAX_LOGITS, GPTConfig, ModelShape
 
 SHARE_OF_PEAK = 0.4  # that the hours assume; docs/results.md has measured ones
@@ -25,10 +25,10 @@ KEPT = {("gpt2", True): (2, 2, 2), ("gpt2", False): (3, 2, 2)}
 KEPT |= {("qwen3", True): (2, 3, 3), ("qwen3", False): (5, 6, 4)}
 
 
-def describe(settings: dict, dataset_folder: Path) -> str:
+def describe(settings: dict) -> str:
     """The plan in lines of text. Raises Failure where the dataset's manifest is damaged."""
-    has_manifest = (dataset_folder / "manifest.json").exists()
-    manifest = read_manifest(dataset_folder) if has_manifest else {}
+    folder = find_folder(settings["dataset"], settings["data_dir"])
+    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
     vocab_size = manifest.get("tokenizer", {}).get("vocab_size", 50257)
     shape = {name: settings[name] for name in ModelShape.__dataclass_fields__}
     with torch.device("meta"):  # shapes without memory
@@ -42,7 +42,7 @@ def describe(settings: dict, dataset_folder: Path) -> str:
         f"model: {sizes}, vocabulary of {vocab_size:,}{'' if manifest else ' (assumed)'}",
         f"training: {settings['max_steps']:,} steps of {settings['batch_tokens']:,} tokens, "
         f"{tokens:.3g} in all; {flops / 1e6:,.0f} MFLOP per token, {flops * tokens:.3g} FLOP",
-        *data_lines(manifest, dataset_folder, tokens),
+        *data_lines(manifest, folder, tokens),
         *memory_lines(model, settings, count, card, card_bytes),
         time_line(settings, count, card, flops * tokens),
         *rule_lines(model, settings, tokens),

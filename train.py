@@ -34,7 +34,7 @@ import log
 import plan
 import sample
 from config import NOT_FINITE, Failure
-from dataset import Dataset, window_order
+from dataset import Dataset, find_folder, window_order
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
@@ -83,6 +83,7 @@ class TrainConfig(ModelShape):
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
 
+    log: str = ""  # also send the lines of metrics.jsonl to: tensorboard, wandb (pip install it)
     plan: bool = False  # print sizes, memory, time and what published rules say; train nothing
     plan_gpus: str = ""  # of a plan: the hardware, as in "8 x H100 80GB"; "" = this machine's
 
@@ -96,7 +97,7 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
-        config.check_choices(self, compile="auto model blocks off")
+        config.check_choices(self, compile="auto model blocks off", log="tensorboard wandb")
         config.check_choices(self, activation_checkpointing="off selective full")
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
@@ -130,11 +131,6 @@ class TrainConfig(ModelShape):
         return self.init_from not in ("scratch", "resume", "auto")
 
     @property
-    def dataset_folder(self) -> Path:
-        name = Path(self.dataset)
-        return name if (name / "manifest.json").exists() else Path(self.data_dir, name)
-
-    @property
     def step_sequences(self) -> int:
         """Sequences of an optimizer step, over all ranks."""
         return self.batch_tokens // self.block_size
@@ -143,8 +139,9 @@ class TrainConfig(ModelShape):
 def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
     if settings.plan:
-        print(plan.describe(asdict(settings), settings.dataset_folder))
+        print(plan.describe(asdict(settings)))
         return
+    log.check_backend(settings.log)
     folder, init_from = Path(settings.out_dir), settings.init_from
     log.check_folder(folder, init_from, settings.overwrite)  # first: what follows can take long
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
@@ -157,6 +154,7 @@ def main(settings: TrainConfig):
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
             run = start_run(settings, ranks, dataset)
             ranks.on_rank_0(lambda: log.clear_folder(run))
+            run.send = log.open_backend(settings.log, folder, run.step) if ranks.rank == 0 else None
             ranks.on_rank_0(lambda: run.print(describe(run)))
             with hardware.naming_less_memory(asdict(run.settings)):
                 is_done = train(run)
@@ -189,6 +187,7 @@ class Run:
     def __post_init__(self):
         device = self.ranks.device
         self.writer = checkpoint.Writer(self.folder) if self.ranks.rank == 0 else None
+        self.send = None  # what sends metrics elsewhere, too
         self.found_inf = torch.zeros((), device=device)  # 1 from the first step not finite
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # that step
         self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # by this rank's loss
@@ -216,12 +215,12 @@ class Run:
     def record(self, **values):
         """Add a line to metrics.jsonl on rank 0."""
         if self.ranks.rank == 0:
-            log.append_metrics(self.folder, values)
+            log.append_metrics(self.folder, values, self.send)
 
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
     """Open the dataset; make it first where it is missing and takes seconds. Raises Failure."""
-    name, folder = settings.dataset, settings.dataset_folder
+    name, folder = settings.dataset, find_folder(settings.dataset, settings.data_dir)
 
     def make_if_missing():
         if folder.exists():

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import conftest
 import numpy as np
@@ -342,6 +342,58 @@ def test_what_is_not_needed_cannot_stop_training(finished, data_dir, tmp_path, m
     assert "warning: a line of the log is lost" in result.stdout
     assert same(weights(out_dir), weights(finished[0]))
     assert (out_dir / "mine.txt").exists() and not (out_dir / ".partial").exists()
+
+
+class Wandb(ModuleType):
+    """Stands in for wandb: keeps what it is sent, by run, until it fails."""
+
+    def __init__(self, sent: dict, fails_at=math.inf):
+        super().__init__("wandb")
+        self.sent, self.fails_at = sent, fails_at
+
+    def init(self, id, **options):
+        lines = self.sent.setdefault(id, [])
+
+        def log(values, step):
+            if step >= self.fails_at:
+                raise ConnectionError("gone")
+            assert values["step"] == step
+            lines.append(values)
+
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+
+def test_wandb_gets_the_lines_of_the_log_and_cannot_stop_training(data_dir, tmp_path, monkeypatch):
+    sent, out_dir = {}, tmp_path / "run"
+    for fails_at, options in ((math.inf, ["--max_steps=6"]), (9, [RESUME])):
+        monkeypatch.setitem(sys.modules, "wandb", Wandb(sent, fails_at))
+        result = tiny_run(data_dir, out_dir, "--log=wandb", *options)
+        assert result.returncode == 0, result.stderr
+        assert ("ConnectionError('gone')" in result.stdout) == (fails_at == 9)
+    [lines] = sent.values()  # one run, which continues
+    assert lines == [line for line in log.read_metrics(out_dir) if line["step"] < 9]
+    assert tiny_run(data_dir, out_dir, "--log=wandb", "--overwrite=True").returncode == 0
+    assert len(sent) == 2
+    monkeypatch.setattr(Wandb, "init", lambda *_, **__: 1 / 0)
+    result = tiny_run(data_dir, tmp_path / "other", "--log=wandb")
+    assert result.returncode == INPUT_OUTPUT and "log wandb: ZeroDivisionError" in result.stderr
+    for name in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+        result = tiny_run(data_dir, tmp_path / "none", f"--log={name}")
+        assert result.returncode == 2 and f"pip install {name}" in result.stderr
+        assert not (tmp_path / "none").exists()
+
+
+def test_tensorboard_gets_the_lines_of_the_log(data_dir, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for options in (["--max_steps=6"], [RESUME]):
+        assert tiny_run(data_dir, tmp_path, "--log=tensorboard", *options).returncode == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for key in ("loss", "val_loss", "learning_rate"):
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        assert found == [pytest.approx(line) for line in metrics(tmp_path, "step", key)]
 
 
 def test_a_full_disk_behind_standard_output_does_not_stop_training(data_dir, tmp_path):
