@@ -44,6 +44,44 @@ def best_training_dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cpu" and has_units() else best_dtype(device)
 
 
+def check_dtype(dtype: str, device: torch.device, block_size: int):
+    """Raise Failure where float8 cannot be had: it needs a card, a package and multiples of 16."""
+    if dtype != "float8":
+        return
+    capability = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
+    if capability < (8, 9):
+        name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        raise Failure(f"dtype float8 needs an NVIDIA GPU like L4, H100 or newer; this is {name}")
+    try:
+        importlib.import_module("torchao.float8")
+    except ImportError as error:
+        raise Failure(f"dtype float8 needs a package: pip install torchao ({error})") from None
+    if block_size % 16:
+        raise Failure(f"dtype float8 needs a block_size that is a multiple of 16, not {block_size}")
+
+
+def set_dtype(model, dtype: str):
+    """Have a model compute in a `dtype` of `train.py`; its weights stay in fp32. Raises Failure.
+
+    float8 (Micikevicius et al. 2022) is bfloat16 but for the products of the blocks' matrices: each
+    operand has one scale, from its largest value. The head stays in bfloat16.
+    """
+    model.dtype = torch.bfloat16 if dtype == "float8" else getattr(torch, dtype)
+    if dtype == "float8":
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        for name, weight in model.h.named_parameters():
+            if weight.dim() == 2 and (weight.size(0) % 16 or weight.size(1) % 16):
+                widths = f"{name} is {weight.size(0)} x {weight.size(1)}"
+                raise Failure(f"dtype float8 needs widths that are multiples of 16; {widths}")
+        settings = Float8LinearConfig(emulate=not model.wte.weight.is_cuda)  # which is slow
+        convert_to_float8_training(model, module_filter_fn=is_for_float8, config=settings)
+
+
+def is_for_float8(_, name: str) -> bool:
+    return name.startswith("h.")
+
+
 def choose_compile(device: torch.device, dtype: str, flops: float) -> str:
     """What to compile for a run of so many FLOPs: model, blocks or off.
 

@@ -79,7 +79,7 @@ class TrainConfig(ModelShape):
     sample_prompt: str = ""  # text that the trained model continues; "" = off
     distributed_timeout: int = 10  # minutes after which a rank gives up waiting for the others
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # of activations: float32, bfloat16, or auto: bfloat16 where it is fast
+    dtype: str = "auto"  # float32, bfloat16, float8 (torchao; large models), auto: by the hardware
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
 
@@ -96,7 +96,7 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "min_lr weight_decay grad_clip muon_learning_rate")
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
-        config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
+        config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16 float8")
         config.check_choices(self, compile="auto model blocks off", log="tensorboard wandb")
         config.check_choices(self, activation_checkpointing="off selective full")
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
@@ -148,6 +148,7 @@ def main(settings: TrainConfig):
         checkpoint.find_model(init_from)
     with contextlib.ExitStack() as stack:
         device, timeout = hardware.find_device(settings.device), settings.distributed_timeout
+        hardware.check_dtype(settings.dtype, device, settings.block_size)
         with start_ranks(device, timeout, LESS_MEMORY) as ranks:
             dataset = open_dataset(settings, ranks)
             claim = log.claimed_folder(folder, init_from, settings.overwrite)
@@ -272,7 +273,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
-    model.dtype = getattr(torch, dtype)
+    hardware.set_dtype(model, dtype)
     if compiled == "auto":
         tokens = settings.max_steps * settings.batch_tokens / ranks.world_size
         flops = model.flops_per_token(settings.block_size) * tokens

@@ -30,7 +30,7 @@ WARMUP_STEPS, STEPS = 5, 20
 
 def main(settings: train.TrainConfig):
     run = start_run(settings)
-    limit = matrix_product_flops(run.ranks.device, getattr(torch, run.settings.dtype))
+    limit = matrix_product_flops(run.ranks.device, run.model.dtype)
     seconds, updates = [], []
     for step in range(WARMUP_STEPS + STEPS):
         train.set_learning_rates(run, step)  # at a rate of 0 weights stay 0 and multiply faster
