@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import hardware
+from config import RANK
 from dataset import find_folder, read_manifest
 from model import GPT, MAX_LOGITS, GPTConfig, ModelShape
 
@@ -25,8 +26,8 @@ KEPT = {("gpt2", True): (2, 2, 2), ("gpt2", False): (3, 2, 2)}
 KEPT |= {("qwen3", True): (2, 3, 3), ("qwen3", False): (5, 6, 4)}
 
 
-def describe(settings: dict) -> str:
-    """The plan in lines of text. Raises Failure where the dataset's manifest is damaged."""
+def print_plan(settings: dict):
+    """Print the plan, on rank 0. Raises Failure where the dataset's manifest is damaged."""
     folder = find_folder(settings["dataset"], settings["data_dir"])
     manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
     vocab_size = manifest.get("tokenizer", {}).get("vocab_size", 50257)
@@ -47,7 +48,8 @@ def describe(settings: dict) -> str:
         time_line(settings, count, card, flops * tokens),
         *rule_lines(model, settings, tokens),
     ]
-    return "\n".join(lines)
+    if RANK == 0:
+        print("\n".join(lines), flush=True)
 
 
 def size(module: torch.nn.Module) -> int:

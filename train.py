@@ -139,7 +139,7 @@ class TrainConfig(ModelShape):
 def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
     if settings.plan:
-        print(plan.describe(asdict(settings)))
+        plan.print_plan(asdict(settings))
         return
     log.check_backend(settings.log)
     folder, init_from = Path(settings.out_dir), settings.init_from
