@@ -241,7 +241,7 @@ MAY_CHANGE = (
     "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
     "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
     "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
-    "compile activation_checkpointing verify_data distributed_timeout log plan plan_gpus"
+    "compile activation_checkpointing verify_data distributed_timeout log_to plan plan_gpus"
 )
 
 

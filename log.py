@@ -72,13 +72,14 @@ def claimed_folder(folder: Path, init_from: str, overwrite: bool):
         yield
 
 
-def clear_folder(run):
-    """Remove what an earlier run left: all of it, or what a resumed run makes again."""
+def start_log(run):
+    """Remove what an earlier run left, all or what a resumed run makes again; open the backend."""
     if run.settings.init_from == "resume":
         cut_metrics(run.folder, run.step, run.val_step)
     else:
         for name in RUN_FILES:
             (run.folder / name).unlink(missing_ok=True)
+    run.send = open_backend(run.settings.log_to, run.folder, run.step)
 
 
 def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
@@ -93,11 +94,11 @@ def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
 
 
 def check_backend(name: str):
-    """Raise Failure where the package of a `log` setting is missing."""
+    """Raise Failure where the package of a `log_to` setting is missing."""
     try:
         importlib.import_module(name or "json")
     except ImportError:
-        raise Failure(f"log {name} needs a package: pip install {name}") from None
+        raise Failure(f"log_to {name} needs a package: pip install {name}") from None
 
 
 def open_backend(name: str, folder: Path, step: int):
@@ -123,7 +124,7 @@ def open_backend(name: str, folder: Path, step: int):
         try:
             run = wandb.init(**names, resume="allow", dir=folder)
         except Exception as error:  # of its own types, as without a key or a network
-            raise Failure(f"log wandb: {error!r:.200}", INPUT_OUTPUT) from None
+            raise Failure(f"log_to wandb: {error!r:.200}", INPUT_OUTPUT) from None
         BEFORE_EXIT.append(run.finish)
         return run.log
 

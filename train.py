@@ -83,7 +83,7 @@ class TrainConfig(ModelShape):
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
 
-    log: str = ""  # also send the lines of metrics.jsonl to: tensorboard, wandb (pip install it)
+    log_to: str = ""  # also send the lines of metrics.jsonl to: tensorboard, wandb (pip install it)
     plan: bool = False  # print sizes, memory, time and what published rules say; train nothing
     plan_gpus: str = ""  # of a plan: the hardware, as in "8 x H100 80GB"; "" = this machine's
 
@@ -97,7 +97,7 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16 float8")
-        config.check_choices(self, compile="auto model blocks off", log="tensorboard wandb")
+        config.check_choices(self, compile="auto model blocks off", log_to="tensorboard wandb")
         config.check_choices(self, activation_checkpointing="off selective full")
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
@@ -141,7 +141,7 @@ def main(settings: TrainConfig):
     if settings.plan:
         plan.print_plan(asdict(settings))
         return
-    log.check_backend(settings.log)
+    log.check_backend(settings.log_to)
     folder, init_from = Path(settings.out_dir), settings.init_from
     log.check_folder(folder, init_from, settings.overwrite)  # first: what follows can take long
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
@@ -154,8 +154,7 @@ def main(settings: TrainConfig):
             claim = log.claimed_folder(folder, init_from, settings.overwrite)
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
             run = start_run(settings, ranks, dataset)
-            ranks.on_rank_0(lambda: log.clear_folder(run))
-            run.send = log.open_backend(settings.log, folder, run.step) if ranks.rank == 0 else None
+            ranks.on_rank_0(lambda: log.start_log(run))
             ranks.on_rank_0(lambda: run.print(describe(run)))
             with hardware.naming_less_memory(asdict(run.settings)):
                 is_done = train(run)

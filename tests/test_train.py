@@ -367,19 +367,19 @@ def test_wandb_gets_the_lines_of_the_log_and_cannot_stop_training(data_dir, tmp_
     sent, out_dir = {}, tmp_path / "run"
     for fails_at, options in ((math.inf, ["--max_steps=6"]), (9, [RESUME])):
         monkeypatch.setitem(sys.modules, "wandb", Wandb(sent, fails_at))
-        result = tiny_run(data_dir, out_dir, "--log=wandb", *options)
+        result = tiny_run(data_dir, out_dir, "--log_to=wandb", *options)
         assert result.returncode == 0, result.stderr
         assert ("ConnectionError('gone')" in result.stdout) == (fails_at == 9)
     [lines] = sent.values()  # one run, which continues
     assert lines == [line for line in log.read_metrics(out_dir) if line["step"] < 9]
-    assert tiny_run(data_dir, out_dir, "--log=wandb", "--overwrite=True").returncode == 0
+    assert tiny_run(data_dir, out_dir, "--log_to=wandb", "--overwrite=True").returncode == 0
     assert len(sent) == 2
     monkeypatch.setattr(Wandb, "init", lambda *_, **__: 1 / 0)
-    result = tiny_run(data_dir, tmp_path / "other", "--log=wandb")
-    assert result.returncode == INPUT_OUTPUT and "log wandb: ZeroDivisionError" in result.stderr
+    result = tiny_run(data_dir, tmp_path / "other", "--log_to=wandb")
+    assert result.returncode == INPUT_OUTPUT and "log_to wandb: ZeroDivisionError" in result.stderr
     for name in ("wandb", "tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
-        result = tiny_run(data_dir, tmp_path / "none", f"--log={name}")
+        result = tiny_run(data_dir, tmp_path / "none", f"--log_to={name}")
         assert result.returncode == 2 and f"pip install {name}" in result.stderr
         assert not (tmp_path / "none").exists()
 
@@ -389,7 +389,7 @@ def test_tensorboard_gets_the_lines_of_the_log(data_dir, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for options in (["--max_steps=6"], [RESUME]):
-        assert tiny_run(data_dir, tmp_path, "--log=tensorboard", *options).returncode == 0
+        assert tiny_run(data_dir, tmp_path, "--log_to=tensorboard", *options).returncode == 0
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for key in ("loss", "val_loss", "learning_rate"):
         found = [(event.step, event.value) for event in events.Scalars(key)]
