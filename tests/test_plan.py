@@ -11,7 +11,7 @@ import train
 from model import GPT, GPTConfig
 
 MODES = ("off", "selective", "full")
-CHOSEN = dict(optimizer="adamw", micro_batch_size=4, block_size=256, compile="off")
+CHOSEN = dict(optimizer="adamw", micro_batch_size=4, block_size=256, dtype="bfloat16")
 
 
 def kept_bytes(model: GPT, tokens: torch.Tensor) -> int:
@@ -27,18 +27,22 @@ def kept_bytes(model: GPT, tokens: torch.Tensor) -> int:
     return sum(x.untyped_storage().nbytes() for key, x in storages.items() if key not in own)
 
 
+@pytest.mark.parametrize("compiled", ["off", pytest.param("model", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("shape", [{}, QWEN3 | dict(head_size=32)], ids=["gpt2", "qwen3"])
-def test_activations_grow_by_layer_as_estimated(shape, recompute):
+def test_activations_grow_by_layer_as_estimated(shape, recompute, compiled):
     found, estimated = [], []
     for n_layer in (2, 6):
         sizes = dict(n_layer=n_layer, n_embd=128, n_head=4, block_size=256)
         model = make_model(**shape | sizes | dict(intermediate_size=352 if shape else 0))
         model.dtype, model.activation_checkpointing = torch.bfloat16, recompute
-        settings = CHOSEN | dict(dtype="bfloat16", activation_checkpointing=recompute)
+        if compiled == "model":
+            torch._dynamo.reset()
+            model.compile()
+        settings = CHOSEN | dict(compile=compiled, activation_checkpointing=recompute)
         estimated.append(plan.activation_bytes(model, settings))
         found.append(kept_bytes(model, random_tokens(4, 256)))
-    assert estimated[1] - estimated[0] == pytest.approx(found[1] - found[0], rel=0.1)
+    assert estimated[1] - estimated[0] == pytest.approx(found[1] - found[0], rel=0.15)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
