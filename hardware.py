@@ -142,8 +142,8 @@ def fitting_micro_batch_size(model, sequences: int, block_size: int) -> int:
 def micro_batch_sizes(sequences: int, block_size: int, is_gpu: bool) -> list[int]:
     """The divisors of a rank's sequences in a step that are worth trying, the largest first.
 
-    A GPU is no faster with more than 65,536 tokens. A CPU is fastest when it works within its
-    caches: about 1,024 tokens.
+    On a GPU of 65,536 tokens at most. A CPU is fastest when it works within its caches: about 1,024
+    tokens.
     """
     max_size = min(sequences, max(1, (65536 if is_gpu else 1024) // block_size))
     return [size for size in range(max_size, 0, -1) if sequences % size == 0] or [1]

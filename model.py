@@ -281,8 +281,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        # In the backward pass recompute: off, nothing; selective, the MLPs, which have over half of
-        # the activations for a third of the operations; full, all but the blocks' inputs
+        # What the backward pass recomputes: off, nothing; selective, the MLPs, which have over half
+        # of the activations, for about a ninth more operations; full, all but the blocks' inputs
         self.activation_checkpointing = "off"
         self.dtype = None  # of the residual stream and all products; None: that of the weights
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)  # of tokens

@@ -82,7 +82,6 @@ class TrainConfig(ModelShape):
     dtype: str = "auto"  # float32, bfloat16, float8 (torchao; large models), auto: by the hardware
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
-
     log_to: str = ""  # also send the lines of metrics.jsonl to: tensorboard, wandb (pip install it)
     plan: bool = False  # print sizes, memory, time and what published rules say; train nothing
     plan_gpus: str = ""  # of a plan: the hardware, as in "8 x H100 80GB"; "" = this machine's
@@ -272,6 +271,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
+    hardware.check_dtype(dtype, ranks.device, settings.block_size)  # it can be a checkpoint's
     hardware.set_dtype(model, dtype)
     if compiled == "auto":
         tokens = settings.max_steps * settings.batch_tokens / ranks.world_size
