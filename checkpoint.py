@@ -70,6 +70,8 @@ def load(path: Path) -> dict:
     state.setdefault("val_step", state.get("step"))  # 0.1 had none
     if not files.has_layout(state, CHECKPOINT) or state["step"] < 0:
         raise Failure(f"{path} lacks an entry of a checkpoint", NO_CHECKPOINT)
+    if isinstance(was := state["settings"].get("activation_checkpointing"), bool):  # in 0.1
+        state["settings"]["activation_checkpointing"] = "full" if was else "off"
     return state
 
 
@@ -239,7 +241,7 @@ MAY_CHANGE = (
     "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
     "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
     "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
-    "compile activation_checkpointing verify_data distributed_timeout"
+    "compile activation_checkpointing verify_data distributed_timeout log_to plan plan_gpus"
 )
 
 

@@ -31,15 +31,16 @@ import checkpoint
 import config
 import hardware
 import log
+import plan
 import sample
 from config import NOT_FINITE, Failure
-from dataset import Dataset, window_order
+from dataset import Dataset, find_folder, window_order
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 from ranks import Ranks, launcher_is_gone, start_ranks
 
-LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
+LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=full needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
 
@@ -78,9 +79,12 @@ class TrainConfig(ModelShape):
     sample_prompt: str = ""  # text that the trained model continues; "" = off
     distributed_timeout: int = 10  # minutes after which a rank gives up waiting for the others
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # of activations: float32, bfloat16, float16; auto: the best that is fast
+    dtype: str = "auto"  # float32, bfloat16, float16, float8 (torchao; large models); auto: fast
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
-    activation_checkpointing: bool = False  # less memory for about a third more compute
+    activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
+    log_to: str = ""  # also send the lines of metrics.jsonl to: tensorboard, wandb (pip install it)
+    plan: bool = False  # print sizes, memory, time and what published rules say; train nothing
+    plan_gpus: str = ""  # of a plan: the hardware, as in "8 x H100 80GB"; "" = this machine's
 
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
@@ -91,15 +95,17 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "min_lr weight_decay grad_clip muon_learning_rate")
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
-        config.check_choices(
-            self, dtype="auto float32 bfloat16 float16", device="auto cpu cuda mps"
-        )
+        config.check_choices(self, dtype="auto float32 bfloat16 float16 float8")
+        config.check_choices(self, device="auto cpu cuda mps", log_to="tensorboard wandb")
         config.check_choices(self, compile="auto model blocks off")
+        config.check_choices(self, activation_checkpointing="off selective full")
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
             reason = f"{self.init_from} has its own shape (config/finetune.py names none)"
             raise ValueError(f"{chosen[0]} has no effect: {reason}")
+        if self.plan and self.fine_tunes:
+            raise ValueError(f"a plan is for a new model: {self.init_from} has its own shape")
         if self.init_from == "auto" and self.overwrite:
             raise ValueError("init_from auto continues a run, overwrite loses it: choose one")
         if self.min_lr > self.learning_rate:
@@ -132,20 +138,26 @@ class TrainConfig(ModelShape):
 
 def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
+    if settings.plan:
+        plan.print_plan(asdict(settings))
+        return
+    log.check_backend(settings.log_to)
     folder, init_from = Path(settings.out_dir), settings.init_from
     log.check_folder(folder, init_from, settings.overwrite)  # first: what follows can take long
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
         checkpoint.find_model(init_from)
     with contextlib.ExitStack() as stack:
         device, timeout = hardware.find_device(settings.device), settings.distributed_timeout
+        hardware.check_dtype(settings.dtype, device, settings.block_size)
         with start_ranks(device, timeout, LESS_MEMORY) as ranks:
             dataset = open_dataset(settings, ranks)
             claim = log.claimed_folder(folder, init_from, settings.overwrite)
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
             run = start_run(settings, ranks, dataset)
-            ranks.on_rank_0(lambda: log.clear_folder(run))
+            ranks.on_rank_0(lambda: log.start_log(run))
             ranks.on_rank_0(lambda: run.print(describe(run)))
-            is_done = train(run)
+            with hardware.naming_less_memory(asdict(run.settings)):
+                is_done = train(run)
         if is_done:
             report(run)
         else:
@@ -175,6 +187,7 @@ class Run:
     def __post_init__(self):
         device = self.ranks.device
         self.writer = checkpoint.Writer(self.folder) if self.ranks.rank == 0 else None
+        self.send = None  # what sends metrics elsewhere, too
         self.found_inf = torch.zeros((), device=device)  # 1 from the first step not finite
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # that step
         self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # by this rank's loss
@@ -204,13 +217,12 @@ class Run:
     def record(self, **values):
         """Add a line to metrics.jsonl on rank 0."""
         if self.ranks.rank == 0:
-            log.append_metrics(self.folder, values)
+            log.append_metrics(self.folder, values, self.send)
 
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
     """Open the dataset; make it first where it is missing and takes seconds. Raises Failure."""
-    name = settings.dataset
-    folder = Path(name) if Path(name, "manifest.json").exists() else Path(settings.data_dir, name)
+    name, folder = settings.dataset, find_folder(settings.dataset, settings.data_dir)
 
     def make_if_missing():
         if folder.exists():
@@ -264,7 +276,8 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
-    model.dtype = getattr(torch, dtype)
+    hardware.check_dtype(dtype, ranks.device, settings.block_size)  # it can be a checkpoint's
+    hardware.set_dtype(model, dtype)
     if compiled == "auto":
         tokens = settings.max_steps * settings.batch_tokens / ranks.world_size
         flops = model.flops_per_token(settings.block_size) * tokens
@@ -279,8 +292,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         share = settings.step_sequences // ranks.world_size
         size = ranks.min(hardware.fitting_micro_batch_size(model, share, settings.block_size))
     if not size:
-        hint = "try --activation_checkpointing=True or a smaller --block_size"
-        raise Failure(f"not one sequence fits; {hint}")
+        raise Failure(f"not one sequence fits; {hardware.less_memory(asdict(settings))}")
     changes = dict(device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
     settings = replace(settings, **changes)
     settings.check()  # whatever a checkpoint says

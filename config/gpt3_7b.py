@@ -21,4 +21,4 @@ max_steps = 143051  # 300B tokens
 learning_rate = 1.2e-4
 min_lr = 1.2e-5
 warmup_steps = 179
-activation_checkpointing = True
+activation_checkpointing = "full"

@@ -72,7 +72,7 @@ def main(settings: BenchConfig):
         peer = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(peer)
         timed[path.stem] = Timed(peer.make_step(settings, settings.vocab_size, device))
-    limit = matrix_product_flops(device, getattr(torch, settings.dtype))
+    limit = matrix_product_flops(device, run.model.dtype)
     for _ in range(WINDOWS):
         for one in timed.values():
             time_window(one, settings, device)
