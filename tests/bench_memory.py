@@ -14,7 +14,7 @@ import functools
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import bench_train
 import torch
@@ -33,8 +33,8 @@ PRODUCTS = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_
 
 
 @dataclass
-class MemoryConfig(train.TrainConfig):
-    """train.py's settings, and what to compare."""
+class MemoryConfig(bench_train.BenchConfig):
+    """bench_train.py's settings, and what to compare."""
 
     rows: str = "off,selective,full,products,budget=0.5"  # also float8, float8_head, float8_mlp
     turns: int = 2  # how often each row is measured, by turns
@@ -54,15 +54,12 @@ def main(settings: MemoryConfig):
 
 def measure(row: str, settings: MemoryConfig) -> str:
     """A row of the table."""
-    names = [field.name for field in fields(train.TrainConfig)]
-    plain = train.TrainConfig(**{name: getattr(settings, name) for name in names})
-    run = bench_train.start_run(chosen(row, plain))
-    times = []
-    for step in range(bench_train.WARMUP_STEPS + bench_train.STEPS):
-        train.set_learning_rates(run, step)
-        times.append(bench_train.time_step(run)[0])
-    times = times[bench_train.WARMUP_STEPS :]
-    low, median, high = min(times), statistics.median(times), max(times)
+    device = hardware.find_device(settings.device)
+    run = bench_train.start_run(chosen(row, settings), device)
+    timed = bench_train.Timed(lambda tokens: bench_train.take_step(run, tokens))
+    for _ in range(3):
+        bench_train.time_window(timed, run.settings, device)
+    low, median, high = (f(timed.seconds) for f in (min, statistics.median, max))
     memory = hardware.memory_gib(run.ranks.device)
     return (
         f"{row} | {median * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f}) | "
@@ -70,7 +67,7 @@ def measure(row: str, settings: MemoryConfig) -> str:
     )
 
 
-def chosen(row: str, settings: train.TrainConfig) -> train.TrainConfig:
+def chosen(row: str, settings: MemoryConfig) -> MemoryConfig:
     """The settings of a row, and torch as it needs it."""
     if row in ("off", "selective", "full"):
         return replace(settings, activation_checkpointing=row)
@@ -94,7 +91,7 @@ def against_plan(row: str, run: train.Run) -> str:
     if run.ranks.device.type != "cuda":
         return "no GPU"
     shape = run.settings.micro_batch_size, run.settings.block_size
-    tokens = torch.randint(bench_train.VOCAB_SIZE, shape, device=run.ranks.device)
+    tokens = torch.randint(run.settings.vocab_size, shape, device=run.ranks.device)
     run.forward(tokens, tokens).mean().backward()
     state = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
