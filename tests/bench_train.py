@@ -11,7 +11,6 @@ block_size + 1) that does a whole optimizer step.
 """
 
 import importlib.util
-import math
 import re
 import statistics
 import sys
