@@ -31,6 +31,7 @@ import checkpoint
 import config
 import hardware
 import log
+import parallel
 import sample
 from config import NOT_FINITE, Failure
 from dataset import Dataset, window_order
@@ -39,6 +40,7 @@ from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 from ranks import Ranks, launcher_is_gone, start_ranks
 
+BUCKET_MB = 100  # of gradients that DDP sums at once, while the backward makes others
 LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
@@ -81,6 +83,8 @@ class TrainConfig(ModelShape):
     dtype: str = "auto"  # of activations: float32, bfloat16, or auto: bfloat16 where it is fast
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: bool = False  # less memory for about a third more compute
+    parallel: str = "ddp"  # over GPUs: ddp copies the model, fsdp splits it where it does not fit
+    reshard_after_forward: bool = True  # fsdp: gather weights again in the backward; less memory
 
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
@@ -92,7 +96,8 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
-        config.check_choices(self, compile="auto model blocks off")
+        config.check_choices(self, compile="auto model blocks off", parallel="ddp fsdp")
+        parallel.check(self.parallel, self.compile, self.micro_batch_size)
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
@@ -121,6 +126,11 @@ class TrainConfig(ModelShape):
     def fine_tunes(self) -> bool:
         """Whether the run starts from a model's weights, with new optimizers and at step 0."""
         return self.init_from not in ("scratch", "resume", "auto")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank keeps a share of the model; one rank alone has nothing to split."""
+        return self.parallel == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
     @property
     def step_sequences(self) -> int:
@@ -231,19 +241,26 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         settings = replace(settings, init_from="resume" if has_checkpoint else "scratch")
     if settings.init_from == "resume":
         # rank 0 puts a damaged one aside, before the others read
-        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder)))
-        saved = saved or checkpoint.load_newest(folder)
+        shared = settings.is_sharded
+        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder, shared)))
+        saved = saved or checkpoint.load_newest(folder, shared)
         saved["settings"] = asdict(TrainConfig()) | saved["settings"]  # it can lack new ones
         with checkpoint.fitting(folder):
             checkpoint.check_same_run(saved, asdict(settings), dataset)
     dataset.verify(settings.verify_data, is_known=bool(saved))
     hardware.keep_freed_memory()
     with checkpoint.fitting(folder) if saved else contextlib.nullcontext():
-        model = build_model(settings, dataset, saved).to(ranks.device)
+        model = build_model(settings, dataset, saved)
+        if not settings.is_sharded:
+            model.to(ranks.device)
         settings = resolve_auto(settings, ranks, model, saved)
         forward = parallelize(model, settings, ranks)  # before the optimizers: may replace weights
         run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
+        if not (saved or settings.fine_tunes):
+            model.init_weights(settings.seed, parallel.copy_rows)
         if saved:
+            saved = parallel.shard_state(saved, model) if settings.is_sharded else saved
+            model.load_state_dict(saved["model"])
             checkpoint.restore_optimizers(run.optimizers, saved)
             run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
             run.val_loss, run.val_step = saved["val_loss"], saved["val_step"]
@@ -264,6 +281,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         flops = model.flops_per_token(settings.block_size) * tokens
         compiled = before.get("compile", "on").replace("on", "")  # 0.2 knew on and off
         compiled = compiled or hardware.choose_compile(ranks.device, dtype, flops)
+        compiled = "blocks" if compiled == "model" and settings.parallel != "ddp" else compiled
     size = settings.micro_batch_size
     now = [dtype, settings.activation_checkpointing, ranks.world_size]
     was = [before.get("dtype"), before.get("activation_checkpointing"), saved.get("world_size")]
@@ -282,32 +300,35 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
 
 
 def build_model(settings: TrainConfig, dataset: Dataset, saved: dict) -> GPT:
-    """The model of the checkpoint, another's weights, or a new one. Raises Failure."""
+    """The checkpoint's model or a new one, both without weights, or another's. Raises Failure."""
     if saved:
-        model = checkpoint.restore_model(saved)
+        model = checkpoint.new_model(saved)
     elif settings.fine_tunes:
         model = pretrained_model(settings, dataset)
     else:
         shape = {field.name: getattr(settings, field.name) for field in fields(ModelShape)}
         model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape))
-        model.init_weights(settings.seed)
     model.activation_checkpointing = settings.activation_checkpointing
     return model
 
 
 def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Module:
-    """The model as the loop calls it: compiled, then data-parallel. Each rank has all weights."""
+    """The model as the loop calls it: compiled, then data-parallel, with all weights or a share."""
     if settings.compile == "model":
         model.compile()
     if settings.compile == "blocks":  # all have the same code, which is compiled once
         for block in model.h:
             block.compile()
         model.cross_entropy = torch.compile(model.cross_entropy)
-    if ranks.world_size == 1:
+    if settings.is_sharded:
+        parallel.shard_model(model, ranks.device, settings.reshard_after_forward)
+    if settings.is_sharded or ranks.world_size == 1:
         return model
+    options = dict(gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
     known = inspect.signature(DistributedDataParallel).parameters
     old, new = "broadcast_buffers", "forward_sync_buffers"  # one option, renamed in torch 2.13
-    return DistributedDataParallel(model, **{new if new in known else old: False})
+    options[new if new in known else old] = False
+    return DistributedDataParallel(model, **options)
 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
@@ -365,8 +386,8 @@ def train(run: Run) -> bool:
             if is_due or stop or is_last:
                 with meter.paused():
                     save_latest(run)
-            if run.is_best and run.writer:
-                run.writer.start("best.pt", run_state(run), time.monotonic())
+            if run.is_best:
+                parallel.save(run.writer, "best.pt", run_state(run), time.monotonic())
             run.is_best = False
             if stop or is_last:
                 finish_saving(run)
@@ -385,11 +406,11 @@ def train(run: Run) -> bool:
                 loss.backward()
                 step_loss += loss.detach()
             max_norm = settings.grad_clip or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+            grad_norm = parallel.clip_grad_norm(run.model.parameters(), max_norm)
             skip_if_not_finite(run, step_loss, grad_norm)
             for optimizer in run.optimizers:
                 optimizer.step()
-            run.model.zero_grad()
+            run.model.zero_grad(set_to_none=forward is run.model)  # else they are DDP's buckets
             run.step = step + 1
             if run.step % settings.log_interval == 0 or step == first_step:
                 log_step(run, meter, ranks.sum(step_loss) / ranks.world_size, grad_norm)
@@ -410,7 +431,7 @@ def to_device(windows: np.ndarray, device: torch.device):
     if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
         batch = batch.pin_memory().to(device, non_blocking=True)
     batch = batch.to(device)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    return batch[:, :-1].contiguous(), batch[:, 1:].clone()  # of one window the first is a view
 
 
 @contextlib.contextmanager
@@ -491,7 +512,8 @@ def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     ]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, settings.muon_momentum, weight_decay))
+        kind = parallel.ShardedMuon if settings.is_sharded else Muon
+        optimizers.append(kind(matrices, settings.muon_momentum, weight_decay))
     return optimizers
 
 
@@ -567,9 +589,8 @@ def save_latest(run: Run):
     stop_if_not_finite(run)
     started = time.monotonic()
     finish_saving(run)  # one at a time
-    if run.writer:
-        optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-        run.writer.start("latest.pt", run_state(run) | {"optimizers": optimizers}, started)
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    parallel.save(run.writer, "latest.pt", run_state(run) | {"optimizers": optimizers}, started)
 
 
 def finish_saving(run: Run):
@@ -597,7 +618,10 @@ def report(run: Run):
     if run.ranks.rank == 0:
         log.print_report(run.folder, run.val_loss, run.dataset)
         if run.settings.sample_prompt:
-            sample.continue_prompt(run.model, run.dataset.tokenizer, run.settings.sample_prompt)
+            model = run.model
+            if run.settings.is_sharded:
+                model, _ = checkpoint.open_model(str(run.folder / "latest.pt"), "")
+            sample.continue_prompt(model, run.dataset.tokenizer, run.settings.sample_prompt)
 
 
 if __name__ == "__main__":
