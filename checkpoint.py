@@ -219,9 +219,9 @@ def snapshot(value, copies: dict):
         return {key: snapshot(item, copies) for key, item in value.items()}
     if isinstance(value, list):
         return [snapshot(item, copies) for item in value]
-    if not isinstance(value, torch.Tensor):
-        return value
     is_sharded = hasattr(value, "full_tensor")
+    if not isinstance(value, torch.Tensor) and not is_sharded:
+        return value
     key = ((value.to_local() if is_sharded else value).data_ptr(), value.shape)
     value = value.full_tensor() if is_sharded else value  # all ranks gather it
     if key not in copies:
@@ -246,7 +246,7 @@ MAY_CHANGE = (
     "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
     "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
     "compile activation_checkpointing verify_data distributed_timeout parallel "
-    "reshard_after_forward"
+    "reshard_after_forward deepspeed_config"
 )
 
 

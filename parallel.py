@@ -1,29 +1,45 @@
-"""FSDP2, from outside the model: each rank keeps a share of the weights, gradients and moments.
+"""FSDP2 and DeepSpeed, from outside the model: a rank keeps a share of weights and moments.
 
-Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP". A parameter is split by rows:
+Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP". FSDP2 splits a parameter by rows:
 each rank keeps its rows in fp32, and all gather a block's parameters while they compute with it.
-Optimizers, norms and checkpoints work on the rows. What is torch's is imported where it is used:
-that takes seconds, which other runs do not need.
+Optimizers, norms and checkpoints work on the rows. DeepSpeed owns its flat copies of all
+parameters and the update; checkpoints are still ours. What is torch's or DeepSpeed's is imported
+where it is used: that takes seconds, which other runs do not need.
 """
 
+import importlib.util
 import math
+import os
 import warnings
 from collections import defaultdict
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import files
+from config import Failure
 from muon import Muon, orthogonalize
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
-def check(parallel: str, compiled: str, micro_batch_size: int):
+
+def check(parallel: str, compiled: str, micro_batch_size: int, optimizer: str):
     """Raise ValueError where settings do not go together."""
+    wrong = None
     if parallel != "ddp" and not micro_batch_size:
-        reason = "0 tries what fits, on a GPU that holds all weights"
-        raise ValueError(f"parallel {parallel} needs a micro_batch_size: {reason}")
-    if parallel != "ddp" and compiled == "model":
-        reason = "the model is split between its blocks"
-        raise ValueError(f"parallel {parallel} needs compile blocks or off, not model: {reason}")
+        wrong = "a micro_batch_size: 0 tries what fits, on a GPU that holds all weights"
+    elif parallel != "ddp" and compiled == "model":
+        wrong = "compile blocks or off, not model: the model is split between its blocks"
+    elif parallel == "deepspeed" and optimizer != "adamw":
+        wrong = f"optimizer adamw, not {optimizer}: it makes one vector of all matrices"
+    elif parallel == "deepspeed" and not importlib.util.find_spec("deepspeed"):
+        wrong = "a package: pip install deepspeed"
+    elif parallel == "deepspeed" and "LOCAL_RANK" not in os.environ:
+        wrong = "torchrun, also for one process: --nproc_per_node=1"
+    if wrong:
+        raise ValueError(f"parallel {parallel} needs {wrong}")
 
 
 def shard_model(model, device: torch.device, reshard_after_forward: bool):
@@ -80,12 +96,14 @@ def shard_state(state, model):
     return torch.utils._pytree.tree_map(shard, state)
 
 
-def save(writer, name: str, state: dict, started: float):
+def save(forward, writer, name: str, state: dict, started: float):
     """Start to write a state, see checkpoint.Writer. Other ranks help to gather what is sharded.
 
     Each tensor is gathered by itself, on the device, and then copied to the host of rank 0, whose
     memory must hold the whole state.
     """
+    if is_engine(forward):
+        state = state | {"model": whole_weights(forward)}
     if writer:
         writer.start(name, state, started)
         return
@@ -94,9 +112,12 @@ def save(writer, name: str, state: dict, started: float):
             value.full_tensor()
 
 
-def clip_grad_norm(parameters, max_norm: float) -> torch.Tensor:
-    """torch.nn.utils.clip_grad_norm_, or the same for sharded gradients: one sum over the ranks."""
-    parameters = list(parameters)
+def clip_grad_norm(forward, max_norm: float) -> torch.Tensor:
+    """The norm of the gradient, which is clipped. DeepSpeed clips and updates in one."""
+    if is_engine(forward):
+        forward.step()
+        return torch.as_tensor(forward.get_global_grad_norm(), device=forward.device)
+    parameters = list(forward.parameters())
     if not hasattr(parameters[0], "to_local"):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     gradients = [parameter.grad.to_local() for parameter in parameters]
@@ -174,3 +195,141 @@ def exchange(values: torch.Tensor, sent: list[int], received: list[int]):
     result = values.new_empty(sum(received))
     dist.all_to_all_single(result, values, received, sent)
     return result.split(received)
+
+
+# DeepSpeed
+
+
+def start_deepspeed(model, optimizer, path: str, **ours):
+    """DeepSpeed's engine, which is called as the model is, and what the loop takes for optimizer.
+
+    path: DeepSpeed's JSON file; "" is ZeRO stage 2. ours: what the recipe says, by DeepSpeed's
+    names. The model, on the CPU, is moved to the device; AdamW's moments go into the engine.
+    """
+    import deepspeed
+
+    deepspeed.logger.setLevel("WARNING")
+    if not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    options, moments = read_options(path, ours), dict(optimizer.state)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.state.clear()
+    optimizer.found_inf = torch.zeros(())
+    try:
+        if options["zero_optimization"]["stage"] == 3:  # else the device has to hold all weights
+            deepspeed.zero.Init(module=model, config_dict_or_path=options)
+        arguments = dict(model=model, optimizer=optimizer, config=options)
+        engine, *_ = deepspeed.initialize(**arguments, dist_init_required=False)
+    except (AssertionError, ValueError) as error:
+        raise Failure(f"{path or options}: DeepSpeed refuses it: {error!r:.300}") from None
+    for buffer in model.buffers():
+        buffer.data = buffer.to(engine.device)
+    set_moments(engine, optimizer, moments)
+    return engine, EngineOptimizer(optimizer, parameters)
+
+
+def read_options(path: str, ours: dict) -> dict:
+    """A DeepSpeed JSON file's options with ours, where it has "auto" or nothing. Raises Failure."""
+    options = files.read_json(Path(path)) if path else {"zero_optimization": {"stage": 2}}
+    for name, value in ours.items():
+        if options.pop(name, "auto") not in ("auto", value):
+            raise Failure(f'{path}: {name} must be {value}, as the settings have it, or "auto"')
+    kinds = options.pop("optimizer", {}).get("type", "AdamW"), options.pop("scheduler", None)
+    if kinds[0] not in ("Adam", "AdamW"):
+        raise Failure(f"{path}: optimizer {kinds[0]} is not supported, only AdamW is")
+    options = without_auto(options)
+    if options.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        raise Failure(f"{path}: the stage of zero_optimization must be 1, 2 or 3")
+    if options.get("fp16", {}).get("enabled"):
+        raise Failure(f"{path}: fp16 is not supported; dtype bfloat16 needs no option")
+    names = ("train_micro_batch_size_per_gpu", "gradient_clipping")
+    options |= {name: ours[name] for name in names}
+    options |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    options["bf16"] = {"check_grad_overflow": True} | options.get("bf16", {})
+    return options | {"managed_gradient_accumulation": False, "steps_per_print": 10**9}
+
+
+def without_auto(options: dict) -> dict:
+    """Options without those that are "auto": DeepSpeed has defaults for them."""
+    nested = {k: without_auto(v) if isinstance(v, dict) else v for k, v in options.items()}
+    return {name: value for name, value in nested.items() if value != "auto"}
+
+
+def is_engine(forward) -> bool:
+    return hasattr(forward, "zero_optimization_stage")
+
+
+class EngineOptimizer:
+    """The AdamW inside an engine as the loop knows it; `clip_grad_norm` makes the engine step.
+
+    A gradient that is not finite DeepSpeed finds itself, and skips the update; later ones are
+    skipped by found_inf.
+    """
+
+    def __init__(self, optimizer, parameters: list):
+        self.optimizer, self.parameters = optimizer, parameters
+        self.param_groups = optimizer.param_groups
+
+    def __setattr__(self, name, value):
+        if name == "found_inf":  # moments can be on the host
+            return setattr(self.optimizer, name, value.to(self.optimizer.found_inf.device))
+        super().__setattr__(name, value)
+
+    def step(self):
+        pass
+
+    def state_dict(self) -> dict:
+        """AdamW's, with moments by parameter, which are gathered when they are saved."""
+        from deepspeed.utils import safe_get_full_optimizer_state as get
+
+        steps, moments = [state["step"] for state in self.optimizer.state.values()], {}
+        for number, parameter in enumerate(self.parameters if steps else []):
+            whole = {name: Gathered(get, parameter, name) for name in MOMENTS}
+            moments[number] = whole | {"step": steps[0].clone()}  # AdamW adds to each
+        return {"state": moments, "param_groups": []}
+
+
+def set_moments(engine, optimizer, moments: dict):
+    """Give an engine AdamW's moments by parameter, or zeros. A step of rate 0 makes it ready.
+
+    DeepSpeed looks for all groups' moments once the first has some, so they are made before.
+    """
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    for flat in [flat for group in optimizer.param_groups for flat in group["params"]]:
+        optimizer.state[flat]["step"] = torch.zeros((), device=flat.device)
+        optimizer.state[flat] |= {name: torch.zeros_like(flat) for name in MOMENTS}
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=engine.device)
+    engine.eval()  # without dropout
+    (engine(tokens, tokens).mean() * 0).backward()
+    engine.step()
+    engine.train()
+    for parameter, state in moments.items():
+        for name in MOMENTS:
+            safe_set_full_optimizer_state(parameter, state[name].to(engine.device), name)
+    step = next(iter(moments.values()))["step"].item() if moments else 0
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
+
+
+class Gathered:
+    """A parameter or moment of which each rank has a part, as checkpoint.snapshot wants it."""
+
+    def __init__(self, gather, parameter, *name):
+        self.full_tensor = partial(gather, parameter, *name)
+        self.shape = getattr(parameter, "ds_shape", parameter.shape)
+
+    def to_local(self):
+        return self
+
+    def data_ptr(self) -> int:
+        return id(self)
+
+
+def whole_weights(engine) -> dict:
+    """The weights by name, which are gathered when they are saved."""
+    from deepspeed.utils import safe_get_full_fp32_param as get
+
+    named = list(engine.module.named_parameters(remove_duplicate=False))
+    weights = {parameter: Gathered(get, parameter) for _, parameter in named}
+    return {name: weights[parameter] for name, parameter in named}

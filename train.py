@@ -83,8 +83,9 @@ class TrainConfig(ModelShape):
     dtype: str = "auto"  # of activations: float32, bfloat16, or auto: bfloat16 where it is fast
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: bool = False  # less memory for about a third more compute
-    parallel: str = "ddp"  # over GPUs: ddp copies the model, fsdp splits it where it does not fit
+    parallel: str = "ddp"  # over GPUs: ddp copies the model, fsdp or deepspeed split its state
     reshard_after_forward: bool = True  # fsdp: gather weights again in the backward; less memory
+    deepspeed_config: str = ""  # deepspeed: its JSON file; "" is ZeRO stage 2
 
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
@@ -96,8 +97,8 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, device="auto cpu cuda mps", dtype="auto float32 bfloat16")
-        config.check_choices(self, compile="auto model blocks off", parallel="ddp fsdp")
-        parallel.check(self.parallel, self.compile, self.micro_batch_size)
+        config.check_choices(self, compile="auto model blocks off", parallel="ddp fsdp deepspeed")
+        parallel.check(self.parallel, self.compile, self.micro_batch_size, self.optimizer)
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
@@ -126,11 +127,6 @@ class TrainConfig(ModelShape):
     def fine_tunes(self) -> bool:
         """Whether the run starts from a model's weights, with new optimizers and at step 0."""
         return self.init_from not in ("scratch", "resume", "auto")
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each rank keeps a share of the model; one rank alone has nothing to split."""
-        return self.parallel == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
     @property
     def step_sequences(self) -> int:
@@ -236,14 +232,16 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     """The run at its first step, or as its checkpoint left it. Raises Failure."""
     saved, folder = {}, Path(settings.out_dir)
+    if settings.parallel == "fsdp" and ranks.world_size == 1:  # there is nothing to split
+        settings = replace(settings, parallel="ddp")
+    is_fsdp = settings.parallel == "fsdp"
     if settings.init_from == "auto":
         has_checkpoint = ranks.any(bool(checkpoint.saved(folder)))
         settings = replace(settings, init_from="resume" if has_checkpoint else "scratch")
     if settings.init_from == "resume":
         # rank 0 puts a damaged one aside, before the others read
-        shared = settings.is_sharded
-        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder, shared)))
-        saved = saved or checkpoint.load_newest(folder, shared)
+        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder, is_fsdp)))
+        saved = saved or checkpoint.load_newest(folder, is_fsdp)
         saved["settings"] = asdict(TrainConfig()) | saved["settings"]  # it can lack new ones
         with checkpoint.fitting(folder):
             checkpoint.check_same_run(saved, asdict(settings), dataset)
@@ -251,7 +249,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     hardware.keep_freed_memory()
     with checkpoint.fitting(folder) if saved else contextlib.nullcontext():
         model = build_model(settings, dataset, saved)
-        if not settings.is_sharded:
+        if settings.parallel == "ddp":
             model.to(ranks.device)
         settings = resolve_auto(settings, ranks, model, saved)
         forward = parallelize(model, settings, ranks)  # before the optimizers: may replace weights
@@ -259,13 +257,15 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         if not (saved or settings.fine_tunes):
             model.init_weights(settings.seed, parallel.copy_rows)
         if saved:
-            saved = parallel.shard_state(saved, model) if settings.is_sharded else saved
+            saved = parallel.shard_state(saved, model) if is_fsdp else saved
             model.load_state_dict(saved["model"])
             checkpoint.restore_optimizers(run.optimizers, saved)
             run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
             run.val_loss, run.val_step = saved["val_loss"], saved["val_step"]
             if saved["settings"]["eval_tokens"] != settings.eval_tokens:
                 run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
+        if settings.parallel == "deepspeed":
+            start_deepspeed(run)
     return run
 
 
@@ -320,15 +320,30 @@ def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Mod
         for block in model.h:
             block.compile()
         model.cross_entropy = torch.compile(model.cross_entropy)
-    if settings.is_sharded:
+    if settings.parallel == "fsdp":
         parallel.shard_model(model, ranks.device, settings.reshard_after_forward)
-    if settings.is_sharded or ranks.world_size == 1:
+    if settings.parallel != "ddp" or ranks.world_size == 1:
         return model
     options = dict(gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
     known = inspect.signature(DistributedDataParallel).parameters
     old, new = "broadcast_buffers", "forward_sync_buffers"  # one option, renamed in torch 2.13
     options[new if new in known else old] = False
     return DistributedDataParallel(model, **options)
+
+
+def start_deepspeed(run: Run):
+    """Give the model, and its optimizer, to DeepSpeed, as the last thing. Raises Failure."""
+    settings, [optimizer] = run.settings, run.optimizers
+    run.forward, optimizer = parallel.start_deepspeed(
+        run.model,
+        optimizer,
+        settings.deepspeed_config,
+        train_batch_size=settings.step_sequences,
+        train_micro_batch_size_per_gpu=settings.micro_batch_size,
+        gradient_accumulation_steps=run.micro_steps,
+        gradient_clipping=settings.grad_clip,
+    )
+    run.optimizers = [optimizer]
 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
@@ -387,7 +402,7 @@ def train(run: Run) -> bool:
                 with meter.paused():
                     save_latest(run)
             if run.is_best:
-                parallel.save(run.writer, "best.pt", run_state(run), time.monotonic())
+                parallel.save(forward, run.writer, "best.pt", run_state(run), time.monotonic())
             run.is_best = False
             if stop or is_last:
                 finish_saving(run)
@@ -406,7 +421,7 @@ def train(run: Run) -> bool:
                 loss.backward()
                 step_loss += loss.detach()
             max_norm = settings.grad_clip or math.inf
-            grad_norm = parallel.clip_grad_norm(run.model.parameters(), max_norm)
+            grad_norm = parallel.clip_grad_norm(forward, max_norm)
             skip_if_not_finite(run, step_loss, grad_norm)
             for optimizer in run.optimizers:
                 optimizer.step()
@@ -512,7 +527,7 @@ def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     ]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if matrices:
-        kind = parallel.ShardedMuon if settings.is_sharded else Muon
+        kind = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
         optimizers.append(kind(matrices, settings.muon_momentum, weight_decay))
     return optimizers
 
@@ -590,7 +605,8 @@ def save_latest(run: Run):
     started = time.monotonic()
     finish_saving(run)  # one at a time
     optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-    parallel.save(run.writer, "latest.pt", run_state(run) | {"optimizers": optimizers}, started)
+    state = run_state(run) | {"optimizers": optimizers}
+    parallel.save(run.forward, run.writer, "latest.pt", state, started)
 
 
 def finish_saving(run: Run):
@@ -619,7 +635,7 @@ def report(run: Run):
         log.print_report(run.folder, run.val_loss, run.dataset)
         if run.settings.sample_prompt:
             model = run.model
-            if run.settings.is_sharded:
+            if run.settings.parallel != "ddp":
                 model, _ = checkpoint.open_model(str(run.folder / "latest.pt"), "")
             sample.continue_prompt(model, run.dataset.tokenizer, run.settings.sample_prompt)
 

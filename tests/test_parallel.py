@@ -11,6 +11,7 @@ from test_distributed import losses, run_patched
 
 import checkpoint
 import config
+import parallel
 import train
 
 FSDP = "--parallel=fsdp"
@@ -51,6 +52,18 @@ PARTS = [  # one run, continued under another engine and on other numbers of ran
 ]
 
 
+def assert_same_run(left, right, count: int):
+    """Assert that two runs had the same losses, so many, and left the same checkpoint."""
+    wanted, found = losses(left), losses(right)
+    assert len(found) == count and np.allclose(found, wanted, atol=1e-5)
+    states = [checkpoint.load(folder / "latest.pt") for folder in (left, right)]
+    torch.testing.assert_close(states[0]["model"], states[1]["model"], atol=1e-4, rtol=0)
+    moments = [[optimizer["state"] for optimizer in state["optimizers"]] for state in states]
+    torch.testing.assert_close(*moments, atol=1e-4, rtol=0)
+    sizes = [(folder / "latest.pt").stat().st_size for folder in (left, right)]
+    assert abs(sizes[0] - sizes[1]) < 2000  # tied weights are in a file once
+
+
 def test_engines_and_numbers_of_ranks_are_equal_and_can_change(data_dir, tmp_path):
     """Losses, weights and moments; a rank keeps its share; tied weights are in a file once."""
     steps = ["--max_steps=16", "--min_lr=1e-2", "--checkpoint_interval=4", "--init_from=auto"]
@@ -69,19 +82,52 @@ def test_engines_and_numbers_of_ranks_are_equal_and_can_change(data_dir, tmp_pat
     for arguments in runs[1]:
         assert run_inside(train.main, train.TrainConfig, arguments).returncode == 0
     for kind in KINDS:
-        folders = tmp_path / kind, tmp_path / f"{kind}-parts"
-        wanted, found = (losses(folder) for folder in folders)
-        assert len(found) == 20 and np.allclose(found, wanted, atol=1e-5)
-        left, right = (checkpoint.load(folder / "latest.pt") for folder in folders)
-        for part in ("model", "optimizers"):
-            torch.testing.assert_close(left[part], right[part], atol=1e-4, rtol=0)
-        sizes = {(folder / "latest.pt").stat().st_size // 1000 for folder in folders}
-        assert len(sizes) == 1
+        assert_same_run(tmp_path / kind, tmp_path / f"{kind}-parts", 20)
+
+
+def with_options(tmp_path, **options) -> str:
+    """The setting of a DeepSpeed JSON file."""
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    path.write_text(json.dumps(options))
+    return f"--deepspeed_config={path}"
+
+
+def test_deepspeed_equals_one_rank_and_its_checkpoints_continue_elsewhere(data_dir, tmp_path):
+    """A run that is in stages 1 to 3 and offloaded in turn, and at last on one rank without it."""
+    pytest.importorskip("deepspeed")
+    steps = ["--max_steps=16", "--min_lr=1e-2", "--checkpoint_interval=4", "--init_from=auto"]
+    assert tiny_run(data_dir, tmp_path / "one", *steps).returncode == 0
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for stage, options in ((1, {}), (2, {"reduce_bucket_size": "auto"}), (3, offload)):
+        zero = {"stage": stage} | options
+        option = with_options(tmp_path, zero_optimization=zero, gradient_clipping="auto")
+        part = [*steps, "--parallel=deepspeed", option, f"--max_steps={4 * stage}"]
+        result = tiny_run(data_dir, tmp_path / "parts", *part, "--sample_prompt=a", processes=2)
+        assert result.returncode == 0 and "to sample from it" in result.stdout, result.stderr
+    assert tiny_run(data_dir, tmp_path / "parts", *steps).returncode == 0
+    assert_same_run(tmp_path / "one", tmp_path / "parts", 20)
+
+
+BAD_OPTIONS = [
+    (dict(zero_optimization={"stage": 0}), "must be 1, 2 or 3"),
+    (dict(gradient_clipping=0.5), "gradient_clipping must be 1.0, as the settings have it"),
+    (dict(optimizer={"type": "Lamb"}), "optimizer Lamb is not supported"),
+    (dict(fp16={"enabled": True}), "fp16 is not supported"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_OPTIONS)
+def test_options_that_do_not_fit_the_recipe_are_refused(tmp_path, options, message):
+    path = with_options(tmp_path, **{"zero_optimization": {"stage": 2}} | options)
+    path = path.partition("=")[2]
+    refused(message, parallel.read_options, path, {"gradient_clipping": 1.0})
 
 
 REFUSED = [
     ([FSDP, "--micro_batch_size=0"], "needs a micro_batch_size"),
     ([FSDP, "--compile=model"], "needs compile blocks or off"),
+    (["--parallel=deepspeed", "--optimizer=muon"], "needs optimizer adamw"),
+    (["--parallel=deepspeed"], "needs (torchrun|a package)"),
     (["--parallel=pipeline"], "must be one of ddp, fsdp"),
 ]
 
@@ -99,9 +145,13 @@ ON_RANK_1 = [  # what rank 1 does in the sixth step, what is printed once, and t
 ]
 
 
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action, message, step", ON_RANK_1)
-def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, step):
-    result = run_patched(action, data_dir, tmp_path / "run", FSDP, *KINDS["qwen3"])
+def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, step, engine):
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    options = [f"--parallel={engine}", *(KINDS["qwen3"] if engine == "fsdp" else [])]
+    result = run_patched(action, data_dir, tmp_path / "run", *options, "--log_interval=4")
     assert (result.stdout + result.stderr).count(message) == 1, result.stderr
     state = checkpoint.load(tmp_path / "run" / "latest.pt")
     assert state["step"] == step
