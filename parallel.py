@@ -27,19 +27,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 def check(parallel: str, compiled: str, micro_batch_size: int, optimizer: str):
     """Raise ValueError where settings do not go together."""
-    wrong = None
-    if parallel != "ddp" and not micro_batch_size:
-        wrong = "a micro_batch_size: 0 tries what fits, on a GPU that holds all weights"
-    elif parallel != "ddp" and compiled == "model":
-        wrong = "compile blocks or off, not model: the model is split between its blocks"
-    elif parallel == "deepspeed" and optimizer != "adamw":
-        wrong = f"optimizer adamw, not {optimizer}: it makes one vector of all matrices"
-    elif parallel == "deepspeed" and not importlib.util.find_spec("deepspeed"):
-        wrong = "a package: pip install deepspeed"
-    elif parallel == "deepspeed" and "LOCAL_RANK" not in os.environ:
-        wrong = "torchrun, also for one process: --nproc_per_node=1"
-    if wrong:
-        raise ValueError(f"parallel {parallel} needs {wrong}")
+    is_deepspeed = parallel == "deepspeed"
+    has_package = not is_deepspeed or importlib.util.find_spec("deepspeed")
+    needs = [
+        (micro_batch_size, "a micro_batch_size: 0 tries what fits on a GPU with all weights"),
+        (compiled != "model", "compile blocks, or off: gathering weights splits the model"),
+        (not is_deepspeed or optimizer == "adamw", "optimizer adamw: it has no matrices"),
+        (has_package, "a package: pip install deepspeed"),
+        (not is_deepspeed or "LOCAL_RANK" in os.environ, "torchrun, also for one process"),
+    ]
+    missing = [name for is_there, name in needs if not is_there and parallel != "ddp"]
+    if missing:
+        raise ValueError(f"parallel {parallel} needs {missing[0]}")
 
 
 def shard_model(model, device: torch.device, reshard_after_forward: bool):
@@ -140,19 +139,18 @@ class ShardedMuon(Muon):
     def step(self):
         """Move the matrices by their gradients; if found_inf is 1, change nothing."""
         [group] = self.param_groups
-        for weight in group["params"]:
-            if not self.state[weight]:
-                self.state[weight]["momentum"] = torch.zeros_like(weight)
         by_shape = defaultdict(list)
         for weight, count in zip(group["params"], self.counts):
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
             by_shape[weight.shape, count].append(weight)
         for (shape, count), weights in by_shape.items():
-            self.move(weights, shape, count)
+            self.move(weights, shape, count, **group)
 
-    def move(self, weights: list, shape, count: int):
+    def move(self, weights: list, shape, count: int, lr, momentum, weight_decay, **_):
         """Move weights of one shape, each of which stacks `count` matrices."""
-        [group] = self.param_groups
-        momentum, lr = group["momentum"], group["lr"] * (1 - self.found_inf)
+        lr = lr * (1 - self.found_inf)
+        rows = [weight.to_local() for weight in weights]
         gradients = [weight.grad.to_local() for weight in weights]
         moments = [self.state[weight]["momentum"].to_local() for weight in weights]
         if isinstance(self.found_inf, torch.Tensor):  # a moment does not move towards itself
@@ -160,11 +158,10 @@ class ShardedMuon(Muon):
             gradients = [torch.where(self.found_inf > 0, m, gradient) for m, gradient in pairs]
         torch._foreach_lerp_(moments, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, moments, momentum)  # Nesterov's look ahead
-        orthogonal = orthogonalize_rows(torch.stack(updates), shape, count)
-        scale = 0.2 * math.sqrt(max(shape[0] // count, shape[1]))
-        rows = [weight.to_local() for weight in weights]
-        torch._foreach_mul_(rows, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(rows, (orthogonal.to(rows[0].dtype) * (-lr * scale)).unbind())
+        orthogonal = orthogonalize_rows(torch.stack(updates), shape, count).to(rows[0].dtype)
+        scale = 0.2 * math.sqrt(max(shape[0] // count, shape[1]))  # as Muon's
+        torch._foreach_mul_(rows, 1 - lr * weight_decay)
+        torch._foreach_add_(rows, (orthogonal * (-lr * scale)).unbind())
 
 
 def orthogonalize_rows(rows: torch.Tensor, shape, count: int) -> torch.Tensor:
@@ -200,32 +197,34 @@ def exchange(values: torch.Tensor, sent: list[int], received: list[int]):
 # DeepSpeed
 
 
-def start_deepspeed(model, optimizer, path: str, **ours):
-    """DeepSpeed's engine, which is called as the model is, and what the loop takes for optimizer.
-
-    path: DeepSpeed's JSON file; "" is ZeRO stage 2. ours: what the recipe says, by DeepSpeed's
-    names. The model, on the CPU, is moved to the device; AdamW's moments go into the engine.
-    """
+def start_deepspeed(run):
+    """Give a run's model and AdamW, on the CPU, to DeepSpeed's engine. Raises Failure."""
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
     if not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    options, moments = read_options(path, ours), dict(optimizer.state)
+    settings, model, [optimizer] = run.settings, run.model, run.optimizers
+    ours = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_clipping": settings.grad_clip,
+        "gradient_accumulation_steps": run.micro_steps,
+        "train_batch_size": settings.step_sequences,
+    }
+    options, moments = read_options(settings.deepspeed_config, ours), dict(optimizer.state)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
-    optimizer.found_inf = torch.zeros(())
     try:
         if options["zero_optimization"]["stage"] == 3:  # else the device has to hold all weights
             deepspeed.zero.Init(module=model, config_dict_or_path=options)
         arguments = dict(model=model, optimizer=optimizer, config=options)
-        engine, *_ = deepspeed.initialize(**arguments, dist_init_required=False)
+        run.forward, *_ = deepspeed.initialize(**arguments, dist_init_required=False)
     except (AssertionError, ValueError) as error:
-        raise Failure(f"{path or options}: DeepSpeed refuses it: {error!r:.300}") from None
+        raise Failure(f"DeepSpeed refuses {options}: {error!r:.300}") from None
     for buffer in model.buffers():
-        buffer.data = buffer.to(engine.device)
-    set_moments(engine, optimizer, moments)
-    return engine, EngineOptimizer(optimizer, parameters)
+        buffer.data = buffer.to(run.ranks.device)
+    set_moments(run, optimizer, moments)
+    run.optimizers = [EngineOptimizer(optimizer, parameters)]
 
 
 def read_options(path: str, ours: dict) -> dict:
@@ -234,16 +233,16 @@ def read_options(path: str, ours: dict) -> dict:
     for name, value in ours.items():
         if options.pop(name, "auto") not in ("auto", value):
             raise Failure(f'{path}: {name} must be {value}, as the settings have it, or "auto"')
-    kinds = options.pop("optimizer", {}).get("type", "AdamW"), options.pop("scheduler", None)
-    if kinds[0] not in ("Adam", "AdamW"):
-        raise Failure(f"{path}: optimizer {kinds[0]} is not supported, only AdamW is")
     options = without_auto(options)
+    kind = options.pop("optimizer", {}).get("type", "AdamW")  # its values are the recipe's
+    options.pop("scheduler", None)
+    if kind not in ("Adam", "AdamW"):
+        raise Failure(f"{path}: optimizer {kind} is not supported, only AdamW is")
     if options.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise Failure(f"{path}: the stage of zero_optimization must be 1, 2 or 3")
     if options.get("fp16", {}).get("enabled"):
         raise Failure(f"{path}: fp16 is not supported; dtype bfloat16 needs no option")
-    names = ("train_micro_batch_size_per_gpu", "gradient_clipping")
-    options |= {name: ours[name] for name in names}
+    options |= dict(list(ours.items())[:2])  # the loop accumulates
     options |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     options["bf16"] = {"check_grad_overflow": True} | options.get("bf16", {})
     return options | {"managed_gradient_accumulation": False, "steps_per_print": 10**9}
@@ -260,23 +259,19 @@ def is_engine(forward) -> bool:
 
 
 class EngineOptimizer:
-    """The AdamW inside an engine as the loop knows it; `clip_grad_norm` makes the engine step.
-
-    A gradient that is not finite DeepSpeed finds itself, and skips the update; later ones are
-    skipped by found_inf.
-    """
+    """The AdamW inside an engine as the loop knows it."""
 
     def __init__(self, optimizer, parameters: list):
         self.optimizer, self.parameters = optimizer, parameters
         self.param_groups = optimizer.param_groups
 
-    def __setattr__(self, name, value):
-        if name == "found_inf":  # moments can be on the host
-            return setattr(self.optimizer, name, value.to(self.optimizer.found_inf.device))
-        super().__setattr__(name, value)
-
     def step(self):
-        pass
+        """Have later steps skipped if this one, which `clip_grad_norm` has made, was not finite.
+
+        DeepSpeed itself skips the first, as it has waited for the norm.
+        """
+        device = next(iter(self.optimizer.state.values()))["exp_avg"].device  # can be the host
+        self.optimizer.found_inf = self.found_inf.to(device)
 
     def state_dict(self) -> dict:
         """AdamW's, with moments by parameter, which are gathered when they are saved."""
@@ -289,27 +284,28 @@ class EngineOptimizer:
         return {"state": moments, "param_groups": []}
 
 
-def set_moments(engine, optimizer, moments: dict):
-    """Give an engine AdamW's moments by parameter, or zeros. A step of rate 0 makes it ready.
+def set_moments(run, optimizer, moments: dict):
+    """Make room for AdamW's moments in an engine, and give it those of a resumed run.
 
-    DeepSpeed looks for all groups' moments once the first has some, so they are made before.
+    DeepSpeed looks for all groups' moments once the first has some, so they are made before. It
+    takes them after a step, which is one of gradient and rate 0.
     """
     from deepspeed.utils import safe_set_full_optimizer_state
 
     for flat in [flat for group in optimizer.param_groups for flat in group["params"]]:
         optimizer.state[flat]["step"] = torch.zeros((), device=flat.device)
         optimizer.state[flat] |= {name: torch.zeros_like(flat) for name in MOMENTS}
-    tokens = torch.zeros(1, 1, dtype=torch.int64, device=engine.device)
-    engine.eval()  # without dropout
-    (engine(tokens, tokens).mean() * 0).backward()
-    engine.step()
-    engine.train()
+    if not moments:
+        return
+    shape, device = (run.settings.micro_batch_size, run.settings.block_size), run.ranks.device
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    (run.forward(tokens, tokens).mean() * 0).backward()
+    run.forward.step()
     for parameter, state in moments.items():
         for name in MOMENTS:
-            safe_set_full_optimizer_state(parameter, state[name].to(engine.device), name)
-    step = next(iter(moments.values()))["step"].item() if moments else 0
+            safe_set_full_optimizer_state(parameter, state[name].to(device), name)
     for state in optimizer.state.values():
-        state["step"].fill_(step)
+        state["step"].fill_(float(next(iter(moments.values()))["step"]))
 
 
 class Gathered:

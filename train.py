@@ -265,7 +265,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
             if saved["settings"]["eval_tokens"] != settings.eval_tokens:
                 run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
         if settings.parallel == "deepspeed":
-            start_deepspeed(run)
+            parallel.start_deepspeed(run)
     return run
 
 
@@ -329,21 +329,6 @@ def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Mod
     old, new = "broadcast_buffers", "forward_sync_buffers"  # one option, renamed in torch 2.13
     options[new if new in known else old] = False
     return DistributedDataParallel(model, **options)
-
-
-def start_deepspeed(run: Run):
-    """Give the model, and its optimizer, to DeepSpeed, as the last thing. Raises Failure."""
-    settings, [optimizer] = run.settings, run.optimizers
-    run.forward, optimizer = parallel.start_deepspeed(
-        run.model,
-        optimizer,
-        settings.deepspeed_config,
-        train_batch_size=settings.step_sequences,
-        train_micro_batch_size_per_gpu=settings.micro_batch_size,
-        gradient_accumulation_steps=run.micro_steps,
-        gradient_clipping=settings.grad_clip,
-    )
-    run.optimizers = [optimizer]
 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
@@ -634,9 +619,9 @@ def report(run: Run):
     if run.ranks.rank == 0:
         log.print_report(run.folder, run.val_loss, run.dataset)
         if run.settings.sample_prompt:
-            model = run.model
-            if run.settings.parallel != "ddp":
-                model, _ = checkpoint.open_model(str(run.folder / "latest.pt"), "")
+            latest = str(run.folder / "latest.pt")
+            is_whole = run.settings.parallel == "ddp"
+            model = run.model if is_whole else checkpoint.open_model(latest, "")[0]
             sample.continue_prompt(model, run.dataset.tokenizer, run.settings.sample_prompt)
 
 
