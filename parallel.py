@@ -2,9 +2,8 @@
 
 Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP". FSDP2 splits a parameter by rows:
 each rank keeps its rows in fp32, and all gather a block's parameters while they compute with it.
-Optimizers, norms and checkpoints work on the rows. DeepSpeed owns its flat copies of all
-parameters and the update; checkpoints are still ours. What is torch's or DeepSpeed's is imported
-where it is used: that takes seconds, which other runs do not need.
+DeepSpeed owns flat copies of all parameters and the update. Both are imported where they are used:
+that takes seconds, which other runs do not need.
 """
 
 import importlib.util
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import files
 from config import Failure
@@ -27,17 +27,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 def check(parallel: str, compiled: str, micro_batch_size: int, optimizer: str):
     """Raise ValueError where settings do not go together."""
-    is_deepspeed = parallel == "deepspeed"
-    has_package = not is_deepspeed or importlib.util.find_spec("deepspeed")
-    needs = [
-        (micro_batch_size, "a micro_batch_size: 0 tries what fits on a GPU with all weights"),
-        (compiled != "model", "compile blocks, or off: gathering weights splits the model"),
-        (not is_deepspeed or optimizer == "adamw", "optimizer adamw: it has no matrices"),
-        (has_package, "a package: pip install deepspeed"),
-        (not is_deepspeed or "LOCAL_RANK" in os.environ, "torchrun, also for one process"),
-    ]
-    missing = [name for is_there, name in needs if not is_there and parallel != "ddp"]
-    if missing:
+    needs = [("compile blocks, or off: the model is not whole", compiled != "model")]
+    needs += [("a micro_batch_size: 0 tries the whole model", micro_batch_size > 0)]
+    if parallel == "deepspeed":
+        needs += [("optimizer adamw: it knows no matrices", optimizer == "adamw")]
+        needs += [("pip install deepspeed", importlib.util.find_spec("deepspeed"))]
+        needs += [("torchrun, also for one process", "LOCAL_RANK" in os.environ)]
+    missing = [name for name, is_there in needs if not is_there]
+    if missing and parallel != "ddp":
         raise ValueError(f"parallel {parallel} needs {missing[0]}")
 
 
@@ -47,10 +44,9 @@ def shard_model(model, device: torch.device, reshard_after_forward: bool):
     The order: activation checkpointing is the model's own and calls whole blocks, with the hooks
     that gather their weights; a block is compiled before it is split, and its hooks are not.
 
-    Where the model computes in bfloat16, weights are gathered in it, and gradients are summed in
-    fp32. Embedding and head, which can be one tensor, are in the group of the model itself.
-    Gradients are summed after each micro-step: between them whole ones would need the memory that
-    sharding is for. A model on the CPU is moved to the device block by block.
+    Weights are gathered in the type of the residual stream, and gradients are summed in fp32, after
+    each micro-step: whole ones would need the memory that sharding is for. Embedding and head can
+    be one tensor, so both are the model's own. It is moved to the device block by block.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -65,47 +61,40 @@ def shard_model(model, device: torch.device, reshard_after_forward: bool):
     fully_shard(model, reshard_after_forward=False, **options)  # the backward needs it at once
 
 
-def rows_of(values: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a parameter's values."""
-    parts = values.chunk(dist.get_world_size())  # fewer, where there are fewer rows
-    return parts[dist.get_rank()] if dist.get_rank() < len(parts) else values[:0]
+def shard_like(parameter, values: torch.Tensor):
+    """This rank's part of values that each rank has, as the parameter is sharded."""
+    from torch.distributed.tensor import distribute_tensor
+
+    sharding = parameter.device_mesh, parameter.placements
+    return distribute_tensor(values, *sharding, src_data_rank=None)  # nothing is sent
 
 
-def copy_rows(parameter: torch.Tensor, values: torch.Tensor):
-    """Give a parameter its values, of which a sharded one keeps this rank's rows."""
-    if hasattr(parameter, "to_local"):
-        parameter, values = parameter.to_local(), rows_of(values)
-    parameter.copy_(values)
+def copy_values(parameter: torch.Tensor, values: torch.Tensor):
+    """Give a parameter its values, of which a sharded one keeps this rank's part."""
+    is_sharded = hasattr(parameter, "device_mesh")
+    parameter.copy_(shard_like(parameter, values) if is_sharded else values)
 
 
 def shard_state(state, model):
     """A loaded state whose tensors are sharded as the parameters of the model are."""
-    from torch.distributed.tensor import DTensor
-
     like = next(model.parameters())
-    device = like.device
 
     def shard(value):
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            return value
-        rows = rows_of(value).to(device, copy=True)
-        shape = dict(shape=value.shape, stride=value.stride())
-        return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, **shape)
+        has_rows = isinstance(value, torch.Tensor) and value.dim()
+        return shard_like(like, value) if has_rows else value
 
     return torch.utils._pytree.tree_map(shard, state)
 
 
 def save(forward, writer, name: str, state: dict, started: float):
-    """Start to write a state, see checkpoint.Writer. Other ranks help to gather what is sharded.
+    """Start to write a state on rank 0, in whose host's memory it must fit; see checkpoint.Writer.
 
-    Each tensor is gathered by itself, on the device, and then copied to the host of rank 0, whose
-    memory must hold the whole state.
+    All ranks gather what is sharded, one tensor at a time.
     """
-    if is_engine(forward):
+    if hasattr(forward, "zero_optimization_stage"):  # DeepSpeed's engine
         state = state | {"model": whole_weights(forward)}
     if writer:
-        writer.start(name, state, started)
-        return
+        return writer.start(name, state, started)
     for value in torch.utils._pytree.tree_leaves(state):
         if hasattr(value, "full_tensor"):
             value.full_tensor()
@@ -113,7 +102,7 @@ def save(forward, writer, name: str, state: dict, started: float):
 
 def clip_grad_norm(forward, max_norm: float) -> torch.Tensor:
     """The norm of the gradient, which is clipped. DeepSpeed clips and updates in one."""
-    if is_engine(forward):
+    if hasattr(forward, "zero_optimization_stage"):  # DeepSpeed's engine
         forward.step()
         return torch.as_tensor(forward.get_global_grad_norm(), device=forward.device)
     parameters = list(forward.parameters())
@@ -128,11 +117,9 @@ def clip_grad_norm(forward, max_norm: float) -> torch.Tensor:
 
 
 class ShardedMuon(Muon):
-    """Muon for sharded weights: each rank gathers its share of the matrices, once, in turn.
+    """Muon for sharded weights: each rank gathers, once, its share of the weights of a shape.
 
-    Of the weights of a shape the n-th belongs to rank n modulo their number. Its rows, of which
-    each rank keeps the momentum, go to that rank, which makes its matrices orthogonal and returns
-    the rows. That takes memory of about three times a rank's share of the weights of a shape.
+    It makes their matrices orthogonal and returns each rank its rows. Momentum is sharded, too.
     """
 
     @torch.no_grad()
@@ -165,33 +152,24 @@ class ShardedMuon(Muon):
 
 
 def orthogonalize_rows(rows: torch.Tensor, shape, count: int) -> torch.Tensor:
-    """This rank's rows of weights (N, its rows, C), as `orthogonalize` changes whole weights.
+    """This rank's rows (N, its rows, C) of N weights as `orthogonalize` changes whole weights.
 
-    shape: of a whole weight, (R, C), in which `count` matrices are stacked.
+    shape: of a whole weight, (R, C), in which `count` matrices are stacked. n is N / ranks and r is
+    R / ranks, rounded up: zeros are added. Weight i is made whole on rank i modulo ranks.
     """
-    ranks, rank, columns = dist.get_world_size(), dist.get_rank(), shape[1]
-    heights = [len(part) for part in torch.empty(shape[0], 0).chunk(ranks)]
-    heights += [0] * (ranks - len(heights))  # a rank's rows of a weight
-    owned = [len(rows[owner::ranks]) for owner in range(ranks)]  # a rank's weights
-    sent = torch.cat([rows[owner::ranks].flatten() for owner in range(ranks)])
-    here = [number * heights[rank] * columns for number in owned]
-    there = [owned[rank] * height * columns for height in heights]
-    parts = exchange(sent, here, there)
-    parts = [part.view(-1, height, columns) for part, height in zip(parts, heights) if height]
-    whole = torch.cat(parts, dim=1)  # (this rank's weights, R, C)
-    whole = orthogonalize(whole.view(-1, shape[0] // count, columns)).view_as(whole)
-    sent = torch.cat([part.flatten() for part in whole.split(heights, dim=1)])
-    result = torch.empty_like(rows, dtype=sent.dtype)
-    for owner, part in enumerate(exchange(sent, there, here)):
-        result[owner::ranks] = part.view_as(result[owner::ranks])
-    return result
-
-
-def exchange(values: torch.Tensor, sent: list[int], received: list[int]):
-    """Send the first sent[0] numbers to rank 0, the next sent[1] to rank 1; received likewise."""
-    result = values.new_empty(sum(received))
-    dist.all_to_all_single(result, values, received, sent)
-    return result.split(received)
+    ranks, (number, own, _) = dist.get_world_size(), rows.shape
+    height = math.ceil(shape[0] / ranks)  # r; the last ranks can have fewer rows
+    padded = F.pad(rows, (0, 0, 0, height - own, 0, -number % ranks))
+    sent = padded.unflatten(0, (-1, ranks)).transpose(0, 1).contiguous()  # (ranks, n, r, C)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    whole = received.transpose(0, 1).flatten(1, 2)[:, : shape[0]]  # (n, R, C)
+    whole = orthogonalize(whole.reshape(-1, shape[0] // count, shape[1])).view(whole.shape)
+    padded = F.pad(whole, (0, 0, 0, height * ranks - shape[0]))
+    sent = padded.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()  # (ranks, n, r, C)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    return received.transpose(0, 1).flatten(0, 1)[:number, :own]
 
 
 # DeepSpeed
@@ -211,9 +189,9 @@ def start_deepspeed(run):
         "gradient_accumulation_steps": run.micro_steps,
         "train_batch_size": settings.step_sequences,
     }
-    options, moments = read_options(settings.deepspeed_config, ours), dict(optimizer.state)
+    options = read_options(settings.deepspeed_config, ours)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.state.clear()
+    moments, optimizer.state = optimizer.state, defaultdict(dict)
     try:
         if options["zero_optimization"]["stage"] == 3:  # else the device has to hold all weights
             deepspeed.zero.Init(module=model, config_dict_or_path=options)
@@ -242,7 +220,7 @@ def read_options(path: str, ours: dict) -> dict:
         raise Failure(f"{path}: the stage of zero_optimization must be 1, 2 or 3")
     if options.get("fp16", {}).get("enabled"):
         raise Failure(f"{path}: fp16 is not supported; dtype bfloat16 needs no option")
-    options |= dict(list(ours.items())[:2])  # the loop accumulates
+    options |= dict(list(ours.items())[:2])  # it is the loop that accumulates
     options |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     options["bf16"] = {"check_grad_overflow": True} | options.get("bf16", {})
     return options | {"managed_gradient_accumulation": False, "steps_per_print": 10**9}
@@ -252,10 +230,6 @@ def without_auto(options: dict) -> dict:
     """Options without those that are "auto": DeepSpeed has defaults for them."""
     nested = {k: without_auto(v) if isinstance(v, dict) else v for k, v in options.items()}
     return {name: value for name, value in nested.items() if value != "auto"}
-
-
-def is_engine(forward) -> bool:
-    return hasattr(forward, "zero_optimization_stage")
 
 
 class EngineOptimizer:
@@ -270,15 +244,16 @@ class EngineOptimizer:
 
         DeepSpeed itself skips the first, as it has waited for the norm.
         """
-        device = next(iter(self.optimizer.state.values()))["exp_avg"].device  # can be the host
-        self.optimizer.found_inf = self.found_inf.to(device)
+        self.optimizer.found_inf = self.found_inf
+        for state in self.optimizer.state.values():  # which can be on the host
+            self.optimizer.found_inf = self.found_inf.to(state["exp_avg"].device)
 
     def state_dict(self) -> dict:
         """AdamW's, with moments by parameter, which are gathered when they are saved."""
         from deepspeed.utils import safe_get_full_optimizer_state as get
 
         steps, moments = [state["step"] for state in self.optimizer.state.values()], {}
-        for number, parameter in enumerate(self.parameters if steps else []):
+        for number, parameter in enumerate(self.parameters if any(steps) else []):
             whole = {name: Gathered(get, parameter, name) for name in MOMENTS}
             moments[number] = whole | {"step": steps[0].clone()}  # AdamW adds to each
         return {"state": moments, "param_groups": []}
@@ -290,8 +265,6 @@ def set_moments(run, optimizer, moments: dict):
     DeepSpeed looks for all groups' moments once the first has some, so they are made before. It
     takes them after a step, which is one of gradient and rate 0.
     """
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     for flat in [flat for group in optimizer.param_groups for flat in group["params"]]:
         optimizer.state[flat]["step"] = torch.zeros((), device=flat.device)
         optimizer.state[flat] |= {name: torch.zeros_like(flat) for name in MOMENTS}
@@ -303,29 +276,34 @@ def set_moments(run, optimizer, moments: dict):
     run.forward.step()
     for parameter, state in moments.items():
         for name in MOMENTS:
-            safe_set_full_optimizer_state(parameter, state[name].to(device), name)
+            set_moment(parameter, name, state[name].to(device))
     for state in optimizer.state.values():
         state["step"].fill_(float(next(iter(moments.values()))["step"]))
+
+
+def set_moment(parameter, name: str, value: torch.Tensor):
+    """Give an engine one of a parameter's moments."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if not hasattr(parameter, "ds_tensor"):
+        return safe_set_full_optimizer_state(parameter, value, name)
+    size, rank = parameter.ds_tensor.numel(), dist.get_rank()  # ZeRO 3: parts of equal size
+    value = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    safe_set_local_optimizer_state(parameter, value[rank * size :][:size], name)
 
 
 class Gathered:
     """A parameter or moment of which each rank has a part, as checkpoint.snapshot wants it."""
 
     def __init__(self, gather, parameter, *name):
-        self.full_tensor = partial(gather, parameter, *name)
-        self.shape = getattr(parameter, "ds_shape", parameter.shape)
-
-    def to_local(self):
-        return self
-
-    def data_ptr(self) -> int:
-        return id(self)
+        self.full_tensor, self.to_local = partial(gather, parameter, *name), lambda: self
+        self.shape, self.data_ptr = parameter.shape, lambda: id(self)
 
 
 def whole_weights(engine) -> dict:
     """The weights by name, which are gathered when they are saved."""
     from deepspeed.utils import safe_get_full_fp32_param as get
 
-    named = list(engine.module.named_parameters(remove_duplicate=False))
-    weights = {parameter: Gathered(get, parameter) for _, parameter in named}
+    weights = {parameter: Gathered(get, parameter) for parameter in engine.module.parameters()}
+    named = engine.module.named_parameters(remove_duplicate=False)
     return {name: weights[parameter] for name, parameter in named}

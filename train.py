@@ -255,7 +255,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         forward = parallelize(model, settings, ranks)  # before the optimizers: may replace weights
         run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
         if not (saved or settings.fine_tunes):
-            model.init_weights(settings.seed, parallel.copy_rows)
+            model.init_weights(settings.seed, parallel.copy_values)
         if saved:
             saved = parallel.shard_state(saved, model) if is_fsdp else saved
             model.load_state_dict(saved["model"])

@@ -125,9 +125,9 @@ def test_options_that_do_not_fit_the_recipe_are_refused(tmp_path, options, messa
 
 REFUSED = [
     ([FSDP, "--micro_batch_size=0"], "needs a micro_batch_size"),
-    ([FSDP, "--compile=model"], "needs compile blocks or off"),
+    ([FSDP, "--compile=model"], "needs compile blocks, or off"),
     (["--parallel=deepspeed", "--optimizer=muon"], "needs optimizer adamw"),
-    (["--parallel=deepspeed"], "needs (torchrun|a package)"),
+    (["--parallel=deepspeed"], "needs (torchrun|pip install)"),
     (["--parallel=pipeline"], "must be one of ddp, fsdp"),
 ]
 
