@@ -11,7 +11,6 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,10 +86,7 @@ def shard_state(state, model):
 
 
 def save(forward, writer, name: str, state: dict, started: float):
-    """Start to write a state on rank 0, in whose host's memory it must fit; see checkpoint.Writer.
-
-    All ranks gather what is sharded, one tensor at a time.
-    """
+    """Have all ranks gather a state, tensor by tensor, and rank 0's checkpoint.Writer write it."""
     if hasattr(forward, "zero_optimization_stage"):  # DeepSpeed's engine
         state = state | {"model": whole_weights(forward)}
     if writer:
@@ -111,9 +107,8 @@ def clip_grad_norm(forward, max_norm: float) -> torch.Tensor:
     gradients = [parameter.grad.to_local() for parameter in parameters]
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
     dist.all_reduce(squares)
-    norm = squares.sqrt()
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    torch._foreach_mul_(gradients, (max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0))
+    return squares.sqrt()
 
 
 class ShardedMuon(Muon):
@@ -240,10 +235,7 @@ class EngineOptimizer:
         self.param_groups = optimizer.param_groups
 
     def step(self):
-        """Have later steps skipped if this one, which `clip_grad_norm` has made, was not finite.
-
-        DeepSpeed itself skips the first, as it has waited for the norm.
-        """
+        """If the step of `clip_grad_norm` was not finite, and so skipped, skip later ones."""
         self.optimizer.found_inf = self.found_inf
         for state in self.optimizer.state.values():  # which can be on the host
             self.optimizer.found_inf = self.found_inf.to(state["exp_avg"].device)
@@ -260,10 +252,9 @@ class EngineOptimizer:
 
 
 def set_moments(run, optimizer, moments: dict):
-    """Make room for AdamW's moments in an engine, and give it those of a resumed run.
+    """Give an engine AdamW's moments, of a resumed run after a step of gradient and rate 0.
 
-    DeepSpeed looks for all groups' moments once the first has some, so they are made before. It
-    takes them after a step, which is one of gradient and rate 0.
+    DeepSpeed looks for all groups' moments once the first has some, so they are made before.
     """
     for flat in [flat for group in optimizer.param_groups for flat in group["params"]]:
         optimizer.state[flat]["step"] = torch.zeros((), device=flat.device)
@@ -296,7 +287,7 @@ class Gathered:
     """A parameter or moment of which each rank has a part, as checkpoint.snapshot wants it."""
 
     def __init__(self, gather, parameter, *name):
-        self.full_tensor, self.to_local = partial(gather, parameter, *name), lambda: self
+        self.full_tensor, self.to_local = lambda: gather(parameter, *name), lambda: self
         self.shape, self.data_ptr = parameter.shape, lambda: id(self)
 
 
