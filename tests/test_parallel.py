@@ -158,6 +158,20 @@ def test_what_happens_on_one_rank_ends_all(data_dir, tmp_path, action, message, 
     assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_a_run_of_which_a_rank_is_killed_continues(data_dir, tmp_path, engine):
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    options = [f"--parallel={engine}", "--dropout=0.2", "--init_from=auto"]
+    assert tiny_run(data_dir, tmp_path / "whole", *options, processes=2).returncode == 0
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    assert run_patched(kill, data_dir, tmp_path / "parts", *options).returncode != 0
+    assert checkpoint.load(tmp_path / "parts" / "latest.pt")["step"] == 4
+    assert tiny_run(data_dir, tmp_path / "parts", *options, processes=2).returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 15)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_gpus_equal_one(data_dir, tmp_path, kind):
