@@ -61,7 +61,7 @@ def check_dtype(dtype: str, device: torch.device, block_size: int):
         raise Failure(f"dtype float8 needs a block_size that is a multiple of 16, not {block_size}")
 
 
-def set_dtype(model, dtype: str):
+def set_dtype(model, dtype: str, device: torch.device):
     """Have a model compute in a `dtype` of `train.py`; its weights stay in fp32. Raises Failure.
 
     float8 (Micikevicius et al. 2022) is bfloat16 but for the products of the blocks' matrices: each
@@ -75,7 +75,7 @@ def set_dtype(model, dtype: str):
             if weight.dim() == 2 and (weight.size(0) % 16 or weight.size(1) % 16):
                 widths = f"{name} is {weight.size(0)} x {weight.size(1)}"
                 raise Failure(f"dtype float8 needs widths that are multiples of 16; {widths}")
-        settings = Float8LinearConfig(emulate=not model.wte.weight.is_cuda)  # which is slow
+        settings = Float8LinearConfig(emulate=device.type != "cuda")  # which is slow
         convert_to_float8_training(model, module_filter_fn=is_for_float8, config=settings)
 
 
@@ -173,13 +173,10 @@ def less_memory(settings: dict) -> str:
 
 
 def fits(model, sequences: int, block_size: int) -> bool:
-    """Whether a forward and a backward fit the GPU, beside 12 bytes per parameter.
-
-    These are kept for the optimizer's two moments and for data parallelism's copy of the gradients.
-    """
+    """Whether a forward and a backward fit the GPU, beside the optimizer's two moments."""
     device = model.wte.weight.device
     try:
-        bytes_kept = 12 * sum(parameter.numel() for parameter in model.parameters())
+        bytes_kept = 8 * sum(parameter.numel() for parameter in model.parameters())
         reserve = torch.empty(bytes_kept, dtype=torch.uint8, device=device)
         tokens = torch.zeros(sequences, block_size, dtype=torch.int64, device=device)
         model(tokens, tokens).mean().backward()

@@ -355,12 +355,13 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     @torch.no_grad()
-    def init_weights(self, seed: int):
+    def init_weights(self, seed: int, copy=torch.Tensor.copy_):
         """Draw the initial weights on the CPU, each parameter's from (seed, its name) alone.
 
         GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
         projections into the residual stream. Qwen3's c_proj weights start at zero, so that each
         block begins as the identity; an untied lm_head, too: all tokens are equally likely then.
+        copy(parameter, values) can keep a part of the values, where a rank has a part.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         zeros = ".bias" if self.config.arch == "gpt2" else ("c_proj.weight", "lm_head.weight")
@@ -371,7 +372,7 @@ class GPT(nn.Module):
                 std = residual_std if name.endswith("c_proj.weight") else 0.02
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+                copy(parameter, torch.empty(parameter.shape).normal_(0, std, generator=generator))
             elif "ln_" in name or "_norm." in name:
                 nn.init.ones_(parameter)
             else:

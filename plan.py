@@ -114,12 +114,15 @@ def memory_lines(model: GPT, settings: dict, count: int, card: str, card_bytes: 
 
 
 def memory(model: GPT, settings: dict, count: int) -> dict[str, float]:
-    """Bytes per device by what they are for; but the last they are exact, in fp32."""
+    """Bytes per device by what they are for; but the last they are exact, in fp32.
+
+    With fsdp each device has its share of them, with deepspeed as of ZeRO 3, without its copies.
+    """
+    share = 1 if settings["parallel"] == "ddp" else count
     by_muon = sum(w.numel() for w, _ in model.matrices()) * (settings["optimizer"] == "muon")
     parts = {"weights": 4 * size(model), "gradients": 4 * size(model)}
     parts["moments"] = 8 * size(model) - 4 * by_muon  # AdamW has two, Muon one
-    if count > 1:
-        parts["gradients to be summed"] = 4 * size(model)  # DistributedDataParallel's copy
+    parts = {name: number / share for name, number in parts.items()}
     return parts | {"activations and logits": activation_bytes(model, settings)}
 
 

@@ -31,6 +31,7 @@ import checkpoint
 import config
 import hardware
 import log
+import parallel
 import plan
 import sample
 from config import NOT_FINITE, Failure
@@ -40,6 +41,7 @@ from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 from ranks import Ranks, launcher_is_gone, start_ranks
 
+BUCKET_MB = 100  # of gradients that DDP sums at once, while the backward makes others
 LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=full needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
@@ -82,6 +84,9 @@ class TrainConfig(ModelShape):
     dtype: str = "auto"  # float32, bfloat16, float16, float8 (torchao; large models); auto: fast
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
     activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
+    parallel: str = "ddp"  # over GPUs: ddp copies the model, fsdp or deepspeed split its state
+    reshard_after_forward: bool = True  # fsdp: gather weights again in the backward; less memory
+    deepspeed_config: str = ""  # deepspeed: its JSON file; "" is ZeRO stage 2
     log_to: str = ""  # also send the lines of metrics.jsonl to: tensorboard, wandb (pip install it)
     plan: bool = False  # print sizes, memory, time and what published rules say; train nothing
     plan_gpus: str = ""  # of a plan: the hardware, as in "8 x H100 80GB"; "" = this machine's
@@ -97,8 +102,9 @@ class TrainConfig(ModelShape):
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, dtype="auto float32 bfloat16 float16 float8")
         config.check_choices(self, device="auto cpu cuda mps", log_to="tensorboard wandb")
-        config.check_choices(self, compile="auto model blocks off")
+        config.check_choices(self, compile="auto model blocks off", parallel="ddp fsdp deepspeed")
         config.check_choices(self, activation_checkpointing="off selective full")
+        parallel.check(asdict(self))
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
@@ -242,24 +248,33 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     """The run at its first step, or as its checkpoint left it. Raises Failure."""
     saved, folder = {}, Path(settings.out_dir)
+    if settings.parallel == "fsdp" and ranks.world_size == 1:  # there is nothing to split
+        settings = replace(settings, parallel="ddp")
+    is_fsdp = settings.parallel == "fsdp"
     if settings.init_from == "auto":
         has_checkpoint = ranks.any(bool(checkpoint.saved(folder)))
         settings = replace(settings, init_from="resume" if has_checkpoint else "scratch")
     if settings.init_from == "resume":
         # rank 0 puts a damaged one aside, before the others read
-        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder)))
-        saved = saved or checkpoint.load_newest(folder)
+        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder, is_fsdp)))
+        saved = saved or checkpoint.load_newest(folder, is_fsdp)
         saved["settings"] = asdict(TrainConfig()) | saved["settings"]  # it can lack new ones
         with checkpoint.fitting(folder):
             checkpoint.check_same_run(saved, asdict(settings), dataset)
     dataset.verify(settings.verify_data, is_known=bool(saved))
     hardware.keep_freed_memory()
     with checkpoint.fitting(folder) if saved else contextlib.nullcontext():
-        model = build_model(settings, dataset, saved).to(ranks.device)
+        model = build_model(settings, dataset, saved)
+        if settings.parallel == "ddp":
+            model.to(ranks.device)
         settings = resolve_auto(settings, ranks, model, saved)
         forward = parallelize(model, settings, ranks)  # before the optimizers: may replace weights
         run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
+        if not (saved or settings.fine_tunes):
+            model.init_weights(settings.seed, parallel.copy_values)
         if saved:
+            saved = parallel.shard_state(saved, model) if is_fsdp else saved
+            model.load_state_dict(saved["model"])
             checkpoint.restore_optimizers(run.optimizers, saved)
             if saved.get("scaler") and run.scaler.is_enabled():
                 run.scaler.load_state_dict(saved["scaler"])
@@ -267,6 +282,8 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
             run.val_loss, run.val_step = saved["val_loss"], saved["val_step"]
             if saved["settings"]["eval_tokens"] != settings.eval_tokens:
                 run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
+        if settings.parallel == "deepspeed":
+            parallel.start_deepspeed(run)
     return run
 
 
@@ -277,12 +294,13 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
     hardware.check_dtype(dtype, ranks.device, settings.block_size)  # it can be a checkpoint's
-    hardware.set_dtype(model, dtype)
+    hardware.set_dtype(model, dtype, ranks.device)
     if compiled == "auto":
         tokens = settings.max_steps * settings.batch_tokens / ranks.world_size
         flops = model.flops_per_token(settings.block_size) * tokens
         compiled = before.get("compile", "on").replace("on", "")  # 0.2 knew on and off
         compiled = compiled or hardware.choose_compile(ranks.device, dtype, flops)
+        compiled = "blocks" if compiled == "model" and settings.parallel != "ddp" else compiled
     size = settings.micro_batch_size
     now = [dtype, settings.activation_checkpointing, ranks.world_size]
     was = [before.get("dtype"), before.get("activation_checkpointing"), saved.get("world_size")]
@@ -300,32 +318,35 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
 
 
 def build_model(settings: TrainConfig, dataset: Dataset, saved: dict) -> GPT:
-    """The model of the checkpoint, another's weights, or a new one. Raises Failure."""
+    """The checkpoint's model or a new one, both without weights, or another's. Raises Failure."""
     if saved:
-        model = checkpoint.restore_model(saved)
+        model = checkpoint.new_model(saved)
     elif settings.fine_tunes:
         model = pretrained_model(settings, dataset)
     else:
         shape = {field.name: getattr(settings, field.name) for field in fields(ModelShape)}
         model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape))
-        model.init_weights(settings.seed)
     model.activation_checkpointing = settings.activation_checkpointing
     return model
 
 
 def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Module:
-    """The model as the loop calls it: compiled, then data-parallel. Each rank has all weights."""
+    """The model as the loop calls it: compiled, then data-parallel, with all weights or a share."""
     if settings.compile == "model":
         model.compile()
     if settings.compile == "blocks":  # all have the same code, which is compiled once
         for block in model.h:
             block.compile()
         model.cross_entropy = torch.compile(model.cross_entropy)
-    if ranks.world_size == 1:
+    if settings.parallel == "fsdp":
+        parallel.shard_model(model, ranks.device, settings.reshard_after_forward)
+    if settings.parallel != "ddp" or ranks.world_size == 1:
         return model
+    options = dict(gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
     known = inspect.signature(DistributedDataParallel).parameters
     old, new = "broadcast_buffers", "forward_sync_buffers"  # one option, renamed in torch 2.13
-    return DistributedDataParallel(model, **{new if new in known else old: False})
+    options[new if new in known else old] = False
+    return DistributedDataParallel(model, **options)
 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
@@ -383,8 +404,8 @@ def train(run: Run) -> bool:
             if is_due or stop or is_last:
                 with meter.paused():
                     save_latest(run)
-            if run.is_best and run.writer:
-                run.writer.start("best.pt", run_state(run), time.monotonic())
+            if run.is_best:
+                parallel.save(forward, run.writer, "best.pt", run_state(run), time.monotonic())
             run.is_best = False
             if stop or is_last:
                 finish_saving(run)
@@ -423,7 +444,7 @@ def to_device(windows: np.ndarray, device: torch.device):
     if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
         batch = batch.pin_memory().to(device, non_blocking=True)
     batch = batch.to(device)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    return batch[:, :-1].contiguous(), batch[:, 1:].clone()  # of one window the first is a view
 
 
 @contextlib.contextmanager
@@ -454,13 +475,12 @@ def update_weights(run: Run, loss: torch.Tensor) -> torch.Tensor:
     """Clip the gradients, move the weights by them, and return the gradients' norm before."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    max_norm = run.settings.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+    grad_norm = parallel.clip_grad_norm(run.forward, run.settings.grad_clip or math.inf)
     skip_if_not_finite(run, loss, grad_norm)
     for optimizer in run.optimizers:  # not scaler.step, which looks at each optimizer by itself
         optimizer.step()
     run.scaler.update()
-    run.model.zero_grad()
+    run.model.zero_grad(set_to_none=run.forward is run.model)  # else they are DDP's buckets
     return grad_norm
 
 
@@ -520,7 +540,8 @@ def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     ]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, settings.muon_momentum, weight_decay))
+        kind = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
+        optimizers.append(kind(matrices, settings.muon_momentum, weight_decay))
     return optimizers
 
 
@@ -596,10 +617,9 @@ def save_latest(run: Run):
     stop_if_not_finite(run)
     started = time.monotonic()
     finish_saving(run)  # one at a time
-    if run.writer:
-        optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-        extra = {"optimizers": optimizers, "scaler": run.scaler.state_dict()}
-        run.writer.start("latest.pt", run_state(run) | extra, started)
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    state = run_state(run) | {"optimizers": optimizers, "scaler": run.scaler.state_dict()}
+    parallel.save(run.forward, run.writer, "latest.pt", state, started)
 
 
 def finish_saving(run: Run):
@@ -627,7 +647,10 @@ def report(run: Run):
     if run.ranks.rank == 0:
         log.print_report(run.folder, run.val_loss, run.dataset)
         if run.settings.sample_prompt:
-            sample.continue_prompt(run.model, run.dataset.tokenizer, run.settings.sample_prompt)
+            latest = str(run.folder / "latest.pt")
+            is_whole = run.settings.parallel == "ddp"
+            model = run.model if is_whole else checkpoint.open_model(latest, "")[0]
+            sample.continue_prompt(model, run.dataset.tokenizer, run.settings.sample_prompt)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def trained(shape: dict, dtype: str, steps: int = 20) -> tuple[GPT, list[float]]:
     """A model after some steps on one batch, and its losses."""
     model, tokens, losses = make_model(**shape), random_tokens(2, 16), []
-    hardware.set_dtype(model, dtype)
+    hardware.set_dtype(model, dtype, CPU)
     [optimizer] = make_optimizers(model, TrainConfig())
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
     for _ in range(steps):
@@ -59,7 +59,7 @@ def test_float8_trains_as_bfloat16_and_leaves_the_weights_in_fp32(shape):
 def test_float8_has_the_same_gradients_with_activation_checkpointing(shape, recompute):
     pytest.importorskip("torchao")
     model, tokens, results = make_model(**shape), random_tokens(2, 16), []
-    hardware.set_dtype(model, "float8")
+    hardware.set_dtype(model, "float8", CPU)
     for model.activation_checkpointing in ("off", recompute):
         model.zero_grad()
         model(tokens, tokens).mean().backward()
@@ -96,7 +96,7 @@ def test_float8_on_a_gpu_has_the_gradients_of_bfloat16_up_to_rounding(shape, com
     tokens, found = random_tokens(4, 64).cuda(), {}
     for dtype in ("bfloat16", "float8"):
         model = make_model(**shape, block_size=64, n_embd=64).cuda()
-        hardware.set_dtype(model, dtype)
+        hardware.set_dtype(model, dtype, CPU)
         settings = TrainConfig(compile=compiled)
         forward = parallelize(model, settings, Ranks(0, 1, GPU))
         forward(tokens, tokens.roll(-1, 1)).mean().backward()
@@ -125,4 +125,4 @@ def test_float8_is_refused_in_one_line_where_it_cannot_be_had(data_dir, tmp_path
 def test_float8_needs_widths_of_16():
     pytest.importorskip("torchao")
     model = make_model(n_embd=40)
-    refused("multiples of 16; 0.attn.c_attn.weight is", hardware.set_dtype, model, "float8")
+    refused("multiples of 16; 0.attn.c_attn.weight is", hardware.set_dtype, model, "float8", CPU)
