@@ -18,7 +18,7 @@ FSDP = "--parallel=fsdp"
 GPU_RUNS = {  # options that change only rounding
     "plain": [],
     "blocks": ["--compile=blocks", "--reshard_after_forward=False"],
-    "bfloat16": ["--dtype=bfloat16", "--activation_checkpointing=True"],
+    "bfloat16": ["--dtype=bfloat16", "--activation_checkpointing=full"],
 }
 RUNS = """
 import json, os, sys, config, train
@@ -47,7 +47,7 @@ def run_all(runs: list[list], tmp_path, processes: int) -> str:
 PARTS = [  # one run, continued under another engine and on other numbers of ranks
     (4, 2, [FSDP, "--reshard_after_forward=False", "--sample_prompt=Chapter"]),
     (8, 2, ["--parallel=ddp"]),
-    (12, 4, [FSDP, "--micro_batch_size=1", "--activation_checkpointing=True"]),
+    (12, 4, [FSDP, "--micro_batch_size=1", "--activation_checkpointing=full"]),
     (16, 1, [FSDP]),  # which has nothing to split
 ]
 
