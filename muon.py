@@ -31,28 +31,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """Move the matrices by their gradients; if found_inf is 1, change nothing."""
-        [group] = self.param_groups
-        weights, momentum = group["params"], group["momentum"]
-        lr = group["lr"] * (1 - self.found_inf)
-        gradients = [weight.grad for weight in weights]
+        weights = self.param_groups[0]["params"]
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         moments = [self.state[weight]["momentum"] for weight in weights]
-        if isinstance(self.found_inf, torch.Tensor):  # a moment does not move towards itself
-            pairs = zip(moments, gradients)
-            gradients = [torch.where(self.found_inf > 0, m, gradient) for m, gradient in pairs]
-        torch._foreach_lerp_(moments, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, moments, momentum)  # Nesterov's look ahead
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        updates = self.advance(weights, [weight.grad for weight in weights], moments)
         for shape, pairs in self.by_shape(weights, updates).items():
             matrices, directions = zip(*pairs)
             dtype = torch.bfloat16 if matrices[0].is_cuda else matrices[0].dtype
             batch = matrices[0].new_empty(len(matrices), *shape, dtype=dtype)
             torch._foreach_copy_(batch.unbind(), directions)
-            scale = 0.2 * math.sqrt(max(shape))  # orthogonal: a mean square of 1 / max(shape)
-            moves = split(orthogonalize, batch) * (-lr * scale)
-            torch._foreach_add_(matrices, moves.unbind())
+            self.move(matrices, split(orthogonalize, batch), max(shape))
+
+    def advance(self, weights: list, gradients: list, moments: list) -> list:
+        """Move the moments, shrink the weights by weight decay; return the directions to go."""
+        [group] = self.param_groups
+        momentum, lr = group["momentum"], group["lr"] * (1 - self.found_inf)
+        if isinstance(self.found_inf, torch.Tensor):  # a moment does not move towards itself
+            pairs = zip(moments, gradients)
+            gradients = [torch.where(self.found_inf > 0, m, gradient) for m, gradient in pairs]
+        torch._foreach_lerp_(moments, gradients, 1 - momentum)
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        return torch._foreach_lerp(gradients, moments, momentum)  # Nesterov's look ahead
+
+    def move(self, weights: list, orthogonal: torch.Tensor, width: int):
+        """Subtract orthogonal matrices, of which `width` is the longer side, from the weights."""
+        lr = self.param_groups[0]["lr"] * (1 - self.found_inf)
+        scale = 0.2 * math.sqrt(width)  # orthogonal: a mean square of 1 / width
+        torch._foreach_add_(weights, (orthogonal * (-lr * scale)).unbind())
 
     def by_shape(self, weights, updates) -> dict:
         """Pairs of a matrix and its update by their shape; stacked matrices are taken apart."""

@@ -61,6 +61,14 @@ def shard_model(model, device: torch.device, reshard_after_forward: bool):
         options = dict(mesh=mesh, mp_policy=policy)
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)  # the backward needs it at once
+    model.keeps_weights = not reshard_after_forward
+
+
+def announce(forward, is_last: bool):
+    """Tell the model, as the loop calls it, whether the next micro-step is the last of its step."""
+    forward.require_backward_grad_sync = is_last  # DDP averages the gradients in its backward
+    if getattr(forward, "keeps_weights", False):  # FSDP frees the gathered weights after it
+        forward.set_reshard_after_backward(is_last)
 
 
 def shard_like(parameter, values: torch.Tensor):
@@ -123,30 +131,18 @@ class ShardedMuon(Muon):
     @torch.no_grad()
     def step(self):
         """Move the matrices by their gradients; if found_inf is 1, change nothing."""
-        [group] = self.param_groups
         by_shape = defaultdict(list)
-        for weight, count in zip(group["params"], self.counts):
+        for weight, count in zip(self.param_groups[0]["params"], self.counts):
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
             by_shape[weight.shape, count].append(weight)
         for (shape, count), weights in by_shape.items():
-            self.move(weights, shape, count, **group)
-
-    def move(self, weights: list, shape, count: int, lr, momentum, weight_decay, **_):
-        """Move weights of one shape, each of which stacks `count` matrices."""
-        lr = lr * (1 - self.found_inf)
-        rows = [weight.to_local() for weight in weights]
-        gradients = [weight.grad.to_local() for weight in weights]
-        moments = [self.state[weight]["momentum"].to_local() for weight in weights]
-        if isinstance(self.found_inf, torch.Tensor):  # a moment does not move towards itself
-            pairs = zip(moments, gradients)
-            gradients = [torch.where(self.found_inf > 0, m, gradient) for m, gradient in pairs]
-        torch._foreach_lerp_(moments, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, moments, momentum)  # Nesterov's look ahead
-        orthogonal = orthogonalize_rows(torch.stack(updates), shape, count).to(rows[0].dtype)
-        scale = 0.2 * math.sqrt(max(shape[0] // count, shape[1]))  # as Muon's
-        torch._foreach_mul_(rows, 1 - lr * weight_decay)
-        torch._foreach_add_(rows, (orthogonal * (-lr * scale)).unbind())
+            rows = [weight.to_local() for weight in weights]
+            gradients = [weight.grad.to_local() for weight in weights]
+            moments = [self.state[weight]["momentum"].to_local() for weight in weights]
+            updates = torch.stack(self.advance(rows, gradients, moments))
+            orthogonal = orthogonalize_rows(updates, shape, count)
+            self.move(rows, orthogonal, max(shape[0] // count, shape[1]))
 
 
 def orthogonalize_rows(rows: torch.Tensor, shape, count: int) -> torch.Tensor:

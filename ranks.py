@@ -17,6 +17,7 @@ import config
 from config import INPUT_OUTPUT, Failure
 
 PARENT = os.getppid()  # the process that started this one
+KEPT = []  # what holds process groups, see Ranks.keep
 LOST_RANK = "gloo|nccl|Connection|Timed out"  # in torch's errors: another rank is gone
 
 
@@ -27,6 +28,14 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+
+    def keep(self, holder):
+        """Keep what holds a process group until this process exits.
+
+        To free a group Python waits, with its lock, for gloo's threads, which can need that lock.
+        """
+        if self.world_size > 1:
+            KEPT.append(holder)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all ranks, in place."""
@@ -81,8 +90,10 @@ def start_ranks(device: torch.device, timeout_minutes: int, less_memory: str):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, None, timeout, world_size, rank, store)
+    ranks = Ranks(rank, world_size, device)
+    ranks.keep(dist.group.WORLD)
     with shared_failure(store, less_memory):
-        yield Ranks(rank, world_size, device)
+        yield ranks
     try:
         if device.type == "cpu":
             dist.barrier()  # a process that ends while gloo's threads still send can be aborted

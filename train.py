@@ -284,6 +284,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
                 run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
         if settings.parallel == "deepspeed":
             parallel.start_deepspeed(run)
+    ranks.keep(run)
     return run
 
 
@@ -416,8 +417,7 @@ def train(run: Run) -> bool:
                 torch.manual_seed(hash_numbers(settings.seed, step, ranks.rank))
             step_loss = torch.zeros((), device=ranks.device)
             for micro_step in range(run.micro_steps):
-                # DDP (which alone reads this flag) averages the gradients in the last backward
-                forward.require_backward_grad_sync = micro_step == run.micro_steps - 1
+                parallel.announce(forward, is_last=micro_step == run.micro_steps - 1)
                 loss = forward(*batch).mean() / run.micro_steps
                 # While the device works; after the last micro-step, the next step's first batch
                 batch = micro_batch(run, step, micro_step + 1)

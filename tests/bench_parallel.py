@@ -210,7 +210,7 @@ def take_step(run: train.Run, number: int, update: bool = True) -> torch.Tensor:
     train.set_learning_rates(run, number)
     step_loss = torch.zeros((), device=run.ranks.device)
     for micro_step in range(run.micro_steps):
-        run.forward.require_backward_grad_sync = micro_step == run.micro_steps - 1
+        parallel.announce(run.forward, is_last=micro_step == run.micro_steps - 1)
         loss = run.forward(*random_batch(run, number, micro_step)).mean() / run.micro_steps
         loss.backward()
         step_loss += loss.detach()
