@@ -268,28 +268,30 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def windows_of_choices(questions: list[Question], tokenizer: Tokenizer, context: int) -> Iterator:
-    """Add a Score for each choice, and yield it with its window's tokens (T) and targets (T).
-
-    The window is the end of the prompt and the choice; a target in the prompt is -1. White space
-    between them belongs to the choice's first token, where the tokenizer joins it to a word.
-    """
+    """Add a Score for each choice, and yield it with its window's tokens (T) and targets (T)."""
     with Progress("questions", len(questions)) as progress:
         for done, question in enumerate(questions):
             progress.update(done)
-            start = len(tokenizer.encode_document(question.prompt.rstrip()))
-            for choice in question.choices:
-                tokens = tokenizer.encode_document(question.prompt + choice).astype(np.int64)
-                first = min(
-                    start, len(tokens) - 1
-                )  # of the choice's tokens; one at least is scored
-                count = len(tokens) - first
-                if count > context:
-                    sizes = f"a choice has {count} tokens, the model's context {context}"
-                    raise Failure(f"{question.where}: {sizes}")
-                question.scores.append(Score(question.where, count, len(choice.encode())))
-                targets = tokens[1:].copy()
-                targets[: first - 1] = -1
-                yield question.scores[-1], tokens[:-1][-context:], targets[-context:]
+            yield from windows_of_question(question, tokenizer, context)
+
+
+def windows_of_question(question: Question, tokenizer: Tokenizer, context: int) -> Iterator:
+    """As windows_of_choices. A window is the end of the prompt, whose targets are -1, and a choice.
+
+    White space between the two is scored with the choice, since tokenizers join it to a word.
+    """
+    start = len(tokenizer.encode_document(question.prompt.rstrip()))
+    for choice in question.choices:
+        tokens = tokenizer.encode_document(question.prompt + choice).astype(np.int64)
+        first = min(start, len(tokens) - 1)  # of the choice's tokens: one at least is scored
+        count = len(tokens) - first
+        if count > context:
+            sizes = f"a choice has {count} tokens, the model's context {context}"
+            raise Failure(f"{question.where}: {sizes}")
+        question.scores.append(Score(question.where, count, len(choice.encode())))
+        targets = tokens[1:].copy()
+        targets[: first - 1] = -1
+        yield question.scores[-1], tokens[:-1][-context:], targets[-context:]
 
 
 def summarize_choices(questions: list[Question]) -> dict:
