@@ -175,14 +175,15 @@ class Mixture:
     def __init__(self, parts: list[Dataset], weights: list[int]):
         self.parts, self.weights, self.manifest = parts, np.array(weights), {}
         self.shares = [weight / sum(weights) for weight in weights]
-        self.tokenizer = tokenizer = parts[0].tokenizer
+        self.tokenizer, first = parts[0].tokenizer, parts[0].folder
         for part in parts:
-            is_same = part.tokenizer.special_tokens == tokenizer.special_tokens
-            if not is_same or not part.tokenizer.same_ids(tokenizer):
-                names = (
-                    f"{part.folder} has {part.tokenizer.name}, {parts[0].folder} {tokenizer.name}"
+            is_same = part.tokenizer.special_tokens == self.tokenizer.special_tokens
+            if not is_same or not part.tokenizer.same_ids(self.tokenizer):
+                names = f"{part.folder} has {part.tokenizer.name}, {first} {self.tokenizer.name}"
+                hint = f"prepare one of them with --tokenizer={first / 'tokenizer.tiktoken'}"
+                raise Failure(
+                    f"a mixture needs one tokenizer and --special_tokens: {names};\n{hint}"
                 )
-                raise Failure(f"a mixture needs one tokenizer and one --special_tokens: {names}")
         self.turns = take_turns(weights)  # the part that has each position of a period
         self.earlier = np.zeros_like(
             self.turns

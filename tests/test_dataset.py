@@ -307,7 +307,7 @@ def test_weights_are_part_of_a_mixtures_fingerprint_and_one_tokenizer_is_needed(
     assert Mixture(mixture.parts[::-1], [5, 2, 3]).fingerprint not in prints
     other = Dataset(FIXTURES / "dataset", 4)
     parts = [mixture.parts[0], other]
-    refused("needs one tokenizer .*dataset has bpe:300:gpt4, .*bytes", Mixture, parts, [1, 1])
+    refused("needs one tokenizer and .*dataset has bpe:300:gpt4, .*bytes", Mixture, parts, [1, 1])
     tiny = Dataset(data_dir / "tiny", 4)
     pair = Mixture([tiny, tiny], [1, 3])
     assert pair.bits_per_byte(1.5) == pytest.approx(tiny.bits_per_byte(1.5))
