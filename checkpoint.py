@@ -29,6 +29,7 @@ from tokenizer_files import HF_FILES, load_hf_tokenizer
 
 FORMAT_VERSION = 1  # a checkpoint without one is older; this version reads these, too
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}
+MOMENTS["ShardedMuon"] = MOMENTS["Muon"]
 CHECKPOINT = {  # what each has at least, and of which type
     "model_config": dict,
     "model": dict,
@@ -55,12 +56,15 @@ def save(path: Path, state: dict, backup: Path | None = None):
             raise OSError(f"{path} was not written; is the disk full? ({error!r:.200})") from None
 
 
-def load(path: Path) -> dict:
-    """Read what `save` wrote, tensors on the CPU. Raises Failure where it is missing or damaged."""
+def load(path: Path, mmap: bool = False) -> dict:
+    """Read what `save` wrote, tensors on the CPU. Raises Failure where it is missing or damaged.
+
+    mmap: tensors are views of the file, which must not change; ranks of a host share the memory.
+    """
     if not path.is_file():  # opening a pipe would wait
         raise Failure(f"there is no checkpoint {path}", NO_CHECKPOINT)
     try:
-        state = read(path)
+        state = read(path, mmap)
     except pickle.UnpicklingError:  # its text says how to run the code inside
         raise Failure(f"{path} is damaged or holds more than plain data", NO_CHECKPOINT) from None
     except Exception as error:  # torch raises many types for a cut, changed or foreign file
@@ -70,29 +74,31 @@ def load(path: Path) -> dict:
     state.setdefault("val_step", state.get("step"))  # 0.1 had none
     if not files.has_layout(state, CHECKPOINT) or state["step"] < 0:
         raise Failure(f"{path} lacks an entry of a checkpoint", NO_CHECKPOINT)
+    if isinstance(was := state["settings"].get("activation_checkpointing"), bool):  # in 0.1
+        state["settings"]["activation_checkpointing"] = "full" if was else "off"
     return state
 
 
-def read(path: Path) -> dict:
+def read(path: Path, mmap: bool) -> dict:
     """What `save` wrote, in memory of about its size. Raises errors of many types."""
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise ValueError("it is compressed, or parts of it overlap")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if state.pop("checksum") != checksum(state):
         raise ValueError("it does not match its checksum")
     return state
 
 
-def load_newest(folder: Path) -> dict:
+def load_newest(folder: Path, mmap: bool = False) -> dict:
     """The newest sound checkpoint of a run. Raises Failure where there is none.
 
-    A newer, damaged one is renamed, so that the next save does not overwrite it.
+    A newer, damaged one is renamed, so that the next save does not overwrite it. mmap: see `load`.
     """
     damaged = []
     for path in saved(folder):
         try:
-            state = load(path)
+            state = load(path, mmap)
         except Failure as failure:
             damaged.append((path, failure))
             continue
@@ -160,7 +166,7 @@ class Writer:
         The tensors made here are freed at once, and torch keeps their memory for the copies.
         """
         options = dict(device="cpu", pin_memory=True)
-        self.pool.submit(lambda: len([torch.empty_like(t, **options) for t in tensors]))
+        self.pool.submit(lambda: len([torch.empty(t.shape, **options) for t in tensors]))
 
     def start(self, name: str, state: dict, started: float):
         """Copy the state, for which alone the caller waits, and write it. Two at most are held.
@@ -215,9 +221,11 @@ def snapshot(value, copies: dict):
         return {key: snapshot(item, copies) for key, item in value.items()}
     if isinstance(value, list):
         return [snapshot(item, copies) for item in value]
-    if not isinstance(value, torch.Tensor):
+    is_sharded = hasattr(value, "full_tensor")
+    if not isinstance(value, torch.Tensor) and not is_sharded:
         return value
-    key = (value.data_ptr(), value.shape)
+    key = ((value.to_local() if is_sharded else value).data_ptr(), value.shape)
+    value = value.full_tensor() if is_sharded else value  # all ranks gather it
     if key not in copies:
         copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         copies[key] = copy.copy_(value, non_blocking=value.is_cuda)
@@ -239,7 +247,8 @@ MAY_CHANGE = (
     "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
     "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
     "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
-    "compile activation_checkpointing verify_data distributed_timeout"
+    "compile activation_checkpointing verify_data distributed_timeout log_to plan plan_gpus "
+    "parallel reshard_after_forward deepspeed_config"
 )
 
 
@@ -276,15 +285,23 @@ def fitting(path: Path):
         raise Failure(f"{path} does not fit this version: {error!r:.200}", NO_CHECKPOINT) from None
 
 
-def restore_model(state: dict, **changes) -> GPT:
-    """The model of a loaded checkpoint, used in `fitting`; `changes` are for its config."""
+def new_model(state: dict, **changes) -> GPT:
+    """The model of a loaded checkpoint, not yet with its weights, used in `fitting`.
+
+    changes: for its config.
+    """
     shape, weights = GPTConfig(**state["model_config"] | changes), state["model"]
     if shape.n_layer > len(weights):
         raise ValueError(f"{shape.n_layer} layers of {len(weights)} tensors")
     if any(weight.dtype != torch.float32 for weight in weights.values()):
         raise ValueError("weights are not in float32")
-    model = GPT(shape)
-    model.load_state_dict(weights)
+    return GPT(shape)
+
+
+def restore_model(state: dict, **changes) -> GPT:
+    """The model of a loaded checkpoint, used in `fitting`; `changes` are for its config."""
+    model = new_model(state, **changes)
+    model.load_state_dict(state["model"])
     return model
 
 

@@ -431,6 +431,11 @@ class ShardWriter(contextlib.AbstractContextManager):
         self.records.append(record | {"sha256": sha256_of(path)})
 
 
+def find_folder(name: str, data_dir: str) -> Path:
+    """The folder of a dataset: the one that `name` is, or the one of that name in data_dir."""
+    return Path(name) if Path(name, "manifest.json").exists() else Path(data_dir, name)
+
+
 def read_manifest(folder: Path) -> dict:
     """The manifest of a dataset. Raises Failure where it is missing, damaged or of another kind."""
     path = folder / "manifest.json"

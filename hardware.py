@@ -4,15 +4,20 @@ import contextlib
 import ctypes
 import importlib.util
 import math
+import re
 import sys
 
 import torch
 
-from config import Failure
+from config import FULL, Failure
 
-# Dense bfloat16, by the vendors' datasheets; the first key found in the device's name counts
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989}
-PEAK_TFLOPS |= {"A100": 312, "L40S": 362, "RTX 4090": 165}
+# Dense bfloat16 products with sums in fp32, by the vendor's datasheets and white papers (T4, V100:
+# float16, they have no bfloat16). The first that is a whole word of the device's name counts.
+PEAK_TFLOPS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756}
+PEAK_TFLOPS |= {"H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65}
+PEAK_TFLOPS |= {"V100-SXM2": 125, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
+TWICE_IN_FLOAT8 = "B200 H200 H100 L40S L4"  # GeForce's rate depends on how products are summed
+SLOWER_KINDS = r"Laptop|Max-Q|MIG|-\d+[QC]"  # half the card's name, or a part of a card
 
 
 def find_device(name: str) -> torch.device:
@@ -40,6 +45,44 @@ def best_training_dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cpu" and has_units() else best_dtype(device)
 
 
+def check_dtype(dtype: str, device: torch.device, block_size: int):
+    """Raise Failure where float8 cannot be had: it needs a card, a package and multiples of 16."""
+    if dtype != "float8":
+        return
+    capability = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
+    if capability < (8, 9):
+        name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        raise Failure(f"dtype float8 needs an NVIDIA GPU like L4, H100 or newer; this is {name}")
+    try:
+        importlib.import_module("torchao.float8")
+    except ImportError as error:
+        raise Failure(f"dtype float8 needs a package: pip install torchao ({error})") from None
+    if block_size % 16:
+        raise Failure(f"dtype float8 needs a block_size that is a multiple of 16, not {block_size}")
+
+
+def set_dtype(model, dtype: str, device: torch.device):
+    """Have a model compute in a `dtype` of `train.py`; its weights stay in fp32. Raises Failure.
+
+    float8 (Micikevicius et al. 2022) is bfloat16 but for the products of the blocks' matrices: each
+    operand has one scale, from its largest value. The head stays in bfloat16.
+    """
+    model.dtype = torch.bfloat16 if dtype == "float8" else getattr(torch, dtype)
+    if dtype == "float8":
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        for name, weight in model.h.named_parameters():
+            if weight.dim() == 2 and (weight.size(0) % 16 or weight.size(1) % 16):
+                widths = f"{name} is {weight.size(0)} x {weight.size(1)}"
+                raise Failure(f"dtype float8 needs widths that are multiples of 16; {widths}")
+        settings = Float8LinearConfig(emulate=device.type != "cuda")  # which is slow
+        convert_to_float8_training(model, module_filter_fn=is_for_float8, config=settings)
+
+
+def is_for_float8(_, name: str) -> bool:
+    return name.startswith("h.")
+
+
 def choose_compile(device: torch.device, dtype: str, flops: float) -> str:
     """What to compile for a run of so many FLOPs: model, blocks or off.
 
@@ -63,10 +106,18 @@ def keep_freed_memory():
 
 def peak_flops(device: torch.device, dtype: str) -> float:
     """FLOP/s that the device reaches at most; 0 where the table does not have it."""
-    if device.type != "cuda" or dtype != "bfloat16":
+    return named_peak_flops(torch.cuda.get_device_name(), dtype) if device.type == "cuda" else 0.0
+
+
+def named_peak_flops(name: str, dtype: str) -> float:
+    """The same for a card's name, as in "H100" or "NVIDIA A100-SXM4-80GB"."""
+    found = (key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b(?! Ti| D)", name))
+    card = next(found, None)
+    if card is None or dtype == "float32" or re.search(SLOWER_KINDS, name):
         return 0.0
-    name = torch.cuda.get_device_name()
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), 0.0)
+    if dtype == "float8":
+        return 2e12 * PEAK_TFLOPS[card] if card.split()[0] in TWICE_IN_FLOAT8.split() else 0.0
+    return 1e12 * PEAK_TFLOPS[card]
 
 
 def memory_gib(device: torch.device) -> float:
@@ -80,26 +131,52 @@ def memory_gib(device: torch.device) -> float:
 
 
 def fitting_micro_batch_size(model, sequences: int, block_size: int) -> int:
-    """The largest divisor of `sequences` whose forward and backward fit; 0 where not even 1 does.
+    """The largest of `micro_batch_sizes` whose forward and backward fit; 0 where not even 1 does.
 
-    sequences: a rank's share of a step. Tried uncompiled, which needs more memory than compiled. A
-    CPU is fastest when it works within its caches: about 1,024 tokens.
+    Tried uncompiled, which needs more memory than compiled.
     """
     is_cuda = model.wte.weight.is_cuda
-    max_tokens = 65536 if is_cuda else 1024
-    max_size = min(sequences, max(1, max_tokens // block_size))
-    sizes = [size for size in range(max_size, 0, -1) if sequences % size == 0]
+    sizes = micro_batch_sizes(sequences, block_size, is_cuda)
     return next((size for size in sizes if not is_cuda or fits(model, size, block_size)), 0)
 
 
-def fits(model, sequences: int, block_size: int) -> bool:
-    """Whether a forward and a backward fit the GPU, beside 12 bytes per parameter.
+def micro_batch_sizes(sequences: int, block_size: int, is_gpu: bool) -> list[int]:
+    """The divisors of a rank's sequences in a step that are worth trying, the largest first.
 
-    These are kept for the optimizer's two moments and for data parallelism's copy of the gradients.
+    On a GPU of 65,536 tokens at most. A CPU is fastest when it works within its caches: about 1,024
+    tokens.
     """
+    max_size = min(sequences, max(1, (65536 if is_gpu else 1024) // block_size))
+    return [size for size in range(max_size, 0, -1) if sequences % size == 0] or [1]
+
+
+@contextlib.contextmanager
+def naming_less_memory(settings: dict):
+    """Where memory is full inside, raise Failure with the settings that need less, and values."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if re.search(FULL, repr(error)):
+            raise Failure(f"memory is full; {less_memory(settings)}") from None
+        raise
+
+
+def less_memory(settings: dict) -> str:
+    """What to set where these settings of train.py need more memory than there is."""
+    size, recompute = settings["micro_batch_size"], settings["activation_checkpointing"]
+    changes = [f"--micro_batch_size={n}" for n in range(size // 2, 0, -1) if size % n == 0][:1]
+    if recompute != "full":
+        more = "selective" if recompute == "off" else "full"
+        changes.append(f"--activation_checkpointing={more}")
+    now = f"micro_batch_size is {size}, activation_checkpointing {recompute}"
+    return f"{' or '.join(changes or ['a smaller --block_size'])} needs less ({now})"
+
+
+def fits(model, sequences: int, block_size: int) -> bool:
+    """Whether a forward and a backward fit the GPU, beside the optimizer's two moments."""
     device = model.wte.weight.device
     try:
-        bytes_kept = 12 * sum(parameter.numel() for parameter in model.parameters())
+        bytes_kept = 8 * sum(parameter.numel() for parameter in model.parameters())
         reserve = torch.empty(bytes_kept, dtype=torch.uint8, device=device)
         tokens = torch.zeros(sequences, block_size, dtype=torch.int64, device=device)
         model(tokens, tokens).mean().backward()

@@ -1,15 +1,17 @@
 """What a run reports, and the folder it leaves: the speed meter, `metrics.jsonl`, `loss.png`."""
 
 import contextlib
+import importlib
 import json
 import math
+import secrets
 import shlex
 import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
 
-from config import Failure, say
+from config import BEFORE_EXIT, INPUT_OUTPUT, Failure, say
 from files import PARTIAL, atomic_file, locked, naming
 
 
@@ -49,7 +51,7 @@ class Meter:
         return values, words
 
 
-RUN_FILES = ("latest.pt", "previous.pt", "best.pt", "metrics.jsonl", "loss.png")
+RUN_FILES = ("latest.pt", "previous.pt", "best.pt", "metrics.jsonl", "loss.png", "wandb_id")
 
 
 def check_folder(folder: Path, init_from: str, overwrite: bool):
@@ -70,13 +72,14 @@ def claimed_folder(folder: Path, init_from: str, overwrite: bool):
         yield
 
 
-def clear_folder(run):
-    """Remove what an earlier run left: all of it, or what a resumed run makes again."""
+def start_log(run):
+    """Remove what an earlier run left, all or what a resumed run makes again; open the backend."""
     if run.settings.init_from == "resume":
         cut_metrics(run.folder, run.step, run.val_step)
     else:
         for name in RUN_FILES:
             (run.folder / name).unlink(missing_ok=True)
+    run.send = open_backend(run.settings.log_to, run.folder, run.step)
 
 
 def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
@@ -90,14 +93,58 @@ def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:
     return f"\nwarning: {folder}: {sizes}"
 
 
-def append_metrics(folder: Path, values: dict):
-    """Add one line to metrics.jsonl, without what is not finite. Training does not need it."""
+def check_backend(name: str):
+    """Raise Failure where the package of a `log_to` setting is missing."""
+    try:
+        importlib.import_module(name or "json")
+    except ImportError:
+        raise Failure(f"log_to {name} needs a package: pip install {name}") from None
+
+
+def open_backend(name: str, folder: Path, step: int):
+    """A function that sends values to tensorboard or wandb, where `step` has been; "": None."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+        def send(values, step):
+            for key in values:
+                writer.add_scalar(key, values[key], step)
+            writer.flush()
+
+        return send
+    if name == "wandb":
+        import wandb
+
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        names = dict(project="groundup", name=folder.name, id=id_file.read_text())
+        try:
+            run = wandb.init(**names, resume="allow", dir=folder)
+        except Exception as error:  # of its own types, as without a key or a network
+            raise Failure(f"log_to wandb: {error!r:.200}", INPUT_OUTPUT) from None
+        BEFORE_EXIT.append(run.finish)
+        return run.log
+
+
+def append_metrics(folder: Path, values: dict, send=None):
+    """Add one line to metrics.jsonl, without what is not finite. Training does not need it.
+
+    send: a backend of `open_backend`, which gets the same.
+    """
     known = {name: value for name, value in values.items() if math.isfinite(value)}
     try:
         with naming(folder / "metrics.jsonl"), open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(known) + "\n")
     except OSError as error:
         say(f"warning: a line of the log is lost: {error}")
+    try:
+        if send:
+            send(known, step=known["step"])
+    except Exception as error:  # of any type that a package raises
+        say(f"warning: the backend of the log failed: {error!r:.200}")
 
 
 def read_metrics(folder: Path) -> list[dict]:

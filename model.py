@@ -128,6 +128,9 @@ def attend(q, k, v, dropout: float, cache=None):
 
     cache: one layer of a KVCache, see GPT.next_logits. Vaswani et al. 2017, section 3.2.
     """
+    dtype, is_short = q.dtype, q.is_cpu and q.size(1) < 512
+    if is_short and cache is None:  # PyTorch's kernel for CPUs is slower in bfloat16
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) and twice (B, K, T, D)
     if cache is not None:
         k, v = cache.append(k, v)  # (B, K, S, D)
@@ -135,7 +138,7 @@ def attend(q, k, v, dropout: float, cache=None):
     y = F.scaled_dot_product_attention(
         q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=k.size(1) != q.size(1)
     )
-    return y.transpose(1, 2).flatten(2)  # (B, T, H * D)
+    return y.transpose(1, 2).flatten(2).to(dtype)  # (B, T, H * D)
 
 
 # GPT-2: the two halves of a block
@@ -260,8 +263,13 @@ class Block(nn.Module):
         self.mlp = MLP(config) if is_gpt2 else SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None):
+    def forward(self, x, rope=None, cache=None, recompute_mlp=False):
         x = x + self.dropout(self.attn(self.ln_1(x), rope, cache))
+        if recompute_mlp:
+            return checkpoint(self.feed_forward, x, use_reentrant=False)
+        return self.feed_forward(x)
+
+    def feed_forward(self, x):
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -276,7 +284,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # True: recompute all but the blocks' inputs
+        # What the backward pass recomputes: off, nothing; selective, the MLPs, which have over half
+        # of the activations, for about a ninth more operations; full, all but the blocks' inputs
+        self.activation_checkpointing = "off"
         self.dtype = None  # of the residual stream and all products; None: that of the weights
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)  # of tokens
         if config.arch == "gpt2":
@@ -335,20 +345,23 @@ class GPT(nn.Module):
         else:
             rope = self.rope[:, positions]  # (2, T, 1, D) or (2, B, T, 1, D)
         x = self.drop(x if self.dtype is None else x.to(self.dtype))
+        recompute = self.activation_checkpointing if self.training else "off"  # Chen et al. 2016
         for layer, block in enumerate(self.h):
-            if self.activation_checkpointing and self.training:  # Chen et al. 2016
+            if recompute == "full":
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
-                x = block(x, rope, cache.layers[layer] if cache else None)
+                layer_cache = cache.layers[layer] if cache else None
+                x = block(x, rope, layer_cache, recompute == "selective")
         return self.ln_f(x)
 
     @torch.no_grad()
-    def init_weights(self, seed: int):
+    def init_weights(self, seed: int, copy=torch.Tensor.copy_):
         """Draw the initial weights on the CPU, each parameter's from (seed, its name) alone.
 
         GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
         projections into the residual stream. Qwen3's c_proj weights start at zero, so that each
         block begins as the identity; an untied lm_head, too: all tokens are equally likely then.
+        copy(parameter, values) can keep a part of the values, where a rank has a part.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         zeros = ".bias" if self.config.arch == "gpt2" else ("c_proj.weight", "lm_head.weight")
@@ -359,7 +372,7 @@ class GPT(nn.Module):
                 std = residual_std if name.endswith("c_proj.weight") else 0.02
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+                copy(parameter, torch.empty(parameter.shape).normal_(0, std, generator=generator))
             elif "ln_" in name or "_norm." in name:
                 nn.init.ones_(parameter)
             else:

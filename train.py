@@ -31,15 +31,18 @@ import checkpoint
 import config
 import hardware
 import log
+import parallel
+import plan
 import sample
 from config import NOT_FINITE, Failure
-from dataset import Dataset, Mixture, Windows, parse_mixture
+from dataset import Dataset, Mixture, Windows, find_folder, parse_mixture
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 from ranks import Ranks, launcher_is_gone, start_ranks
 
-LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=True needs less"
+BUCKET_MB = 100  # of gradients that DDP sums at once, while the backward makes others
+LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=full needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
 
 
@@ -78,9 +81,15 @@ class TrainConfig(ModelShape):
     sample_prompt: str = ""  # text that the trained model continues; "" = off
     distributed_timeout: int = 10  # minutes after which a rank gives up waiting for the others
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # of activations: float32, bfloat16, float16; auto: the best that is fast
+    dtype: str = "auto"  # float32, bfloat16, float16, float8 (torchao; large models); auto: fast
     compile: str = "auto"  # model (fastest), blocks (starts sooner), off; auto: by the run's length
-    activation_checkpointing: bool = False  # less memory for about a third more compute
+    activation_checkpointing: str = "off"  # recompute to save memory: off, selective (MLPs), full
+    parallel: str = "ddp"  # over GPUs: ddp copies the model, fsdp or deepspeed split its state
+    reshard_after_forward: bool = True  # fsdp: gather weights again in the backward; less memory
+    deepspeed_config: str = ""  # deepspeed: its JSON file; "" is ZeRO stage 2
+    log_to: str = ""  # also send the lines of metrics.jsonl to: tensorboard, wandb (pip install it)
+    plan: bool = False  # print sizes, memory, time and what published rules say; train nothing
+    plan_gpus: str = ""  # of a plan: the hardware, as in "8 x H100 80GB"; "" = this machine's
 
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
@@ -92,15 +101,18 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 0, "min_lr weight_decay grad_clip muon_learning_rate")
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
-        config.check_choices(
-            self, dtype="auto float32 bfloat16 float16", device="auto cpu cuda mps"
-        )
-        config.check_choices(self, compile="auto model blocks off")
+        config.check_choices(self, dtype="auto float32 bfloat16 float16 float8")
+        config.check_choices(self, device="auto cpu cuda mps", log_to="tensorboard wandb")
+        config.check_choices(self, compile="auto model blocks off", parallel="ddp fsdp deepspeed")
+        config.check_choices(self, activation_checkpointing="off selective full")
+        parallel.check(asdict(self))
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
             reason = f"{self.init_from} has its own shape (config/finetune.py names none)"
             raise ValueError(f"{chosen[0]} has no effect: {reason}")
+        if self.plan and self.fine_tunes:
+            raise ValueError(f"a plan is for a new model: {self.init_from} has its own shape")
         if self.init_from == "auto" and self.overwrite:
             raise ValueError("init_from auto continues a run, overwrite loses it: choose one")
         if self.min_lr > self.learning_rate:
@@ -133,20 +145,26 @@ class TrainConfig(ModelShape):
 
 def main(settings: TrainConfig):
     """A run, from its data to its report. Raises Failure."""
+    if settings.plan:
+        plan.print_plan(asdict(settings))
+        return
+    log.check_backend(settings.log_to)
     folder, init_from = Path(settings.out_dir), settings.init_from
     log.check_folder(folder, init_from, settings.overwrite)  # first: what follows can take long
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
         checkpoint.find_model(init_from)
     with contextlib.ExitStack() as stack:
         device, timeout = hardware.find_device(settings.device), settings.distributed_timeout
+        hardware.check_dtype(settings.dtype, device, settings.block_size)
         with start_ranks(device, timeout, LESS_MEMORY) as ranks:
             dataset = open_dataset(settings, ranks)
             claim = log.claimed_folder(folder, init_from, settings.overwrite)
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
             run = start_run(settings, ranks, dataset)
-            ranks.on_rank_0(lambda: log.clear_folder(run))
+            ranks.on_rank_0(lambda: log.start_log(run))
             ranks.on_rank_0(lambda: run.print(describe(run)))
-            is_done = train(run)
+            with hardware.naming_less_memory(asdict(run.settings)):
+                is_done = train(run)
         if is_done:
             report(run)
         else:
@@ -176,6 +194,7 @@ class Run:
     def __post_init__(self):
         device = self.ranks.device
         self.writer = checkpoint.Writer(self.folder) if self.ranks.rank == 0 else None
+        self.send = None  # what sends metrics elsewhere, too
         self.found_inf = torch.zeros((), device=device)  # 1 from the first step not finite
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # that step
         self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # by this rank's loss
@@ -205,7 +224,7 @@ class Run:
     def record(self, **values):
         """Add a line to metrics.jsonl on rank 0."""
         if self.ranks.rank == 0:
-            log.append_metrics(self.folder, values)
+            log.append_metrics(self.folder, values, self.send)
 
 
 def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset | Mixture:
@@ -217,7 +236,7 @@ def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset | Mixture:
 
 def open_folder(name: str, settings: TrainConfig, ranks: Ranks) -> Dataset:
     """Open a dataset; make it first where it is missing and takes seconds. Raises Failure."""
-    folder = Path(name) if Path(name, "manifest.json").exists() else Path(settings.data_dir, name)
+    folder = find_folder(name, settings.data_dir)
 
     def make_if_missing():
         if folder.exists():
@@ -237,24 +256,33 @@ def open_folder(name: str, settings: TrainConfig, ranks: Ranks) -> Dataset:
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     """The run at its first step, or as its checkpoint left it. Raises Failure."""
     saved, folder = {}, Path(settings.out_dir)
+    if settings.parallel == "fsdp" and ranks.world_size == 1:  # there is nothing to split
+        settings = replace(settings, parallel="ddp")
+    is_fsdp = settings.parallel == "fsdp"
     if settings.init_from == "auto":
         has_checkpoint = ranks.any(bool(checkpoint.saved(folder)))
         settings = replace(settings, init_from="resume" if has_checkpoint else "scratch")
     if settings.init_from == "resume":
         # rank 0 puts a damaged one aside, before the others read
-        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder)))
-        saved = saved or checkpoint.load_newest(folder)
+        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder, is_fsdp)))
+        saved = saved or checkpoint.load_newest(folder, is_fsdp)
         saved["settings"] = asdict(TrainConfig()) | saved["settings"]  # it can lack new ones
         with checkpoint.fitting(folder):
             checkpoint.check_same_run(saved, asdict(settings), dataset)
     dataset.verify(settings.verify_data, is_known=bool(saved))
     hardware.keep_freed_memory()
     with checkpoint.fitting(folder) if saved else contextlib.nullcontext():
-        model = build_model(settings, dataset, saved).to(ranks.device)
+        model = build_model(settings, dataset, saved)
+        if settings.parallel == "ddp":
+            model.to(ranks.device)
         settings = resolve_auto(settings, ranks, model, saved)
         forward = parallelize(model, settings, ranks)  # before the optimizers: may replace weights
         run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
+        if not (saved or settings.fine_tunes):
+            model.init_weights(settings.seed, parallel.copy_values)
         if saved:
+            saved = parallel.shard_state(saved, model) if is_fsdp else saved
+            model.load_state_dict(saved["model"])
             checkpoint.restore_optimizers(run.optimizers, saved)
             if saved.get("scaler") and run.scaler.is_enabled():
                 run.scaler.load_state_dict(saved["scaler"])
@@ -262,6 +290,8 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
             run.val_loss, run.val_step = saved["val_loss"], saved["val_step"]
             if saved["settings"]["eval_tokens"] != settings.eval_tokens:
                 run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
+        if settings.parallel == "deepspeed":
+            parallel.start_deepspeed(run)
     return run
 
 
@@ -271,12 +301,14 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
-    model.dtype = getattr(torch, dtype)
+    hardware.check_dtype(dtype, ranks.device, settings.block_size)  # it can be a checkpoint's
+    hardware.set_dtype(model, dtype, ranks.device)
     if compiled == "auto":
         tokens = settings.max_steps * settings.batch_tokens / ranks.world_size
         flops = model.flops_per_token(settings.block_size) * tokens
         compiled = before.get("compile", "on").replace("on", "")  # 0.2 knew on and off
         compiled = compiled or hardware.choose_compile(ranks.device, dtype, flops)
+        compiled = "blocks" if compiled == "model" and settings.parallel != "ddp" else compiled
     size = settings.micro_batch_size
     now = [dtype, settings.activation_checkpointing, ranks.world_size]
     was = [before.get("dtype"), before.get("activation_checkpointing"), saved.get("world_size")]
@@ -286,8 +318,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
         share = settings.step_sequences // ranks.world_size
         size = ranks.min(hardware.fitting_micro_batch_size(model, share, settings.block_size))
     if not size:
-        hint = "try --activation_checkpointing=True or a smaller --block_size"
-        raise Failure(f"not one sequence fits; {hint}")
+        raise Failure(f"not one sequence fits; {hardware.less_memory(asdict(settings))}")
     changes = dict(device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
     settings = replace(settings, **changes)
     settings.check()  # whatever a checkpoint says
@@ -295,32 +326,35 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
 
 
 def build_model(settings: TrainConfig, dataset: Dataset, saved: dict) -> GPT:
-    """The model of the checkpoint, another's weights, or a new one. Raises Failure."""
+    """The checkpoint's model or a new one, both without weights, or another's. Raises Failure."""
     if saved:
-        model = checkpoint.restore_model(saved)
+        model = checkpoint.new_model(saved)
     elif settings.fine_tunes:
         model = pretrained_model(settings, dataset)
     else:
         shape = {field.name: getattr(settings, field.name) for field in fields(ModelShape)}
         model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape))
-        model.init_weights(settings.seed)
     model.activation_checkpointing = settings.activation_checkpointing
     return model
 
 
 def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Module:
-    """The model as the loop calls it: compiled, then data-parallel. Each rank has all weights."""
+    """The model as the loop calls it: compiled, then data-parallel, with all weights or a share."""
     if settings.compile == "model":
         model.compile()
     if settings.compile == "blocks":  # all have the same code, which is compiled once
         for block in model.h:
             block.compile()
         model.cross_entropy = torch.compile(model.cross_entropy)
-    if ranks.world_size == 1:
+    if settings.parallel == "fsdp":
+        parallel.shard_model(model, ranks.device, settings.reshard_after_forward)
+    if settings.parallel != "ddp" or ranks.world_size == 1:
         return model
+    options = dict(gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
     known = inspect.signature(DistributedDataParallel).parameters
     old, new = "broadcast_buffers", "forward_sync_buffers"  # one option, renamed in torch 2.13
-    return DistributedDataParallel(model, **{new if new in known else old: False})
+    options[new if new in known else old] = False
+    return DistributedDataParallel(model, **options)
 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
@@ -377,8 +411,8 @@ def train(run: Run) -> bool:
             if is_due or stop or is_last:
                 with meter.paused():
                     save_latest(run)
-            if run.is_best and run.writer:
-                run.writer.start("best.pt", run_state(run), time.monotonic())
+            if run.is_best:
+                parallel.save(forward, run.writer, "best.pt", run_state(run), time.monotonic())
             run.is_best = False
             if stop or is_last:
                 finish_saving(run)
@@ -417,7 +451,7 @@ def to_device(windows: np.ndarray, device: torch.device):
     if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
         batch = batch.pin_memory().to(device, non_blocking=True)
     batch = batch.to(device)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    return batch[:, :-1].contiguous(), batch[:, 1:].clone()  # of one window the first is a view
 
 
 @contextlib.contextmanager
@@ -448,13 +482,12 @@ def update_weights(run: Run, loss: torch.Tensor) -> torch.Tensor:
     """Clip the gradients, move the weights by them, and return the gradients' norm before."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    max_norm = run.settings.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+    grad_norm = parallel.clip_grad_norm(run.forward, run.settings.grad_clip or math.inf)
     skip_if_not_finite(run, loss, grad_norm)
     for optimizer in run.optimizers:  # not scaler.step, which looks at each optimizer by itself
         optimizer.step()
     run.scaler.update()
-    run.model.zero_grad()
+    run.model.zero_grad(set_to_none=run.forward is run.model)  # else they are DDP's buckets
     return grad_norm
 
 
@@ -514,7 +547,8 @@ def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     ]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, settings.muon_momentum, weight_decay))
+        kind = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
+        optimizers.append(kind(matrices, settings.muon_momentum, weight_decay))
     return optimizers
 
 
@@ -593,10 +627,9 @@ def save_latest(run: Run):
     stop_if_not_finite(run)
     started = time.monotonic()
     finish_saving(run)  # one at a time
-    if run.writer:
-        optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
-        extra = {"optimizers": optimizers, "scaler": run.scaler.state_dict()}
-        run.writer.start("latest.pt", run_state(run) | extra, started)
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    state = run_state(run) | {"optimizers": optimizers, "scaler": run.scaler.state_dict()}
+    parallel.save(run.forward, run.writer, "latest.pt", state, started)
 
 
 def finish_saving(run: Run):
@@ -624,7 +657,10 @@ def report(run: Run):
     if run.ranks.rank == 0:
         log.print_report(run.folder, run.val_loss, run.dataset)
         if run.settings.sample_prompt:
-            sample.continue_prompt(run.model, run.dataset.tokenizer, run.settings.sample_prompt)
+            latest = str(run.folder / "latest.pt")
+            is_whole = run.settings.parallel == "ddp"
+            model = run.model if is_whole else checkpoint.open_model(latest, "")[0]
+            sample.continue_prompt(model, run.dataset.tokenizer, run.settings.sample_prompt)
 
 
 if __name__ == "__main__":

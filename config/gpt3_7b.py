@@ -5,8 +5,8 @@ torchrun --standalone --nproc_per_node=8 train.py config/gpt3_7b.py
 
 The first command downloads 20.8 GB; for your own text add --dataset=NAME to the second.
 Not yet run. max_steps is the paper's 300B tokens. This dataset has 10B, so it would be read 30
-times: bring more text, or set --max_steps=4768 for one epoch. Every GPU holds the whole model:
-with AdamW in fp32 about 134 GB before activations.
+times: bring more text, or set --max_steps=4768 for one epoch. With AdamW weights, gradients and
+moments have 107 GB, split over the GPUs.
 """
 
 out_dir = "out/gpt3_7b"
@@ -21,4 +21,6 @@ max_steps = 143051  # 300B tokens
 learning_rate = 1.2e-4
 min_lr = 1.2e-5
 warmup_steps = 179
-activation_checkpointing = True
+activation_checkpointing = "full"
+parallel = "fsdp"
+micro_batch_size = 4

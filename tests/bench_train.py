@@ -11,7 +11,6 @@ block_size + 1) that does a whole optimizer step.
 """
 
 import importlib.util
-import math
 import re
 import statistics
 import sys
@@ -32,11 +31,11 @@ from ranks import Ranks
 
 WARMUP_STEPS, WINDOWS = 3, 5
 KINDS = {  # of kernels, by what their names hold; the first that fits counts
-    "attention": "fmha|flash|sdpa|attention",
+    "elementwise, norms, loss": "^triton",
+    "attention": "fmha|flash|sdpa|attention|cudnn",
     "matrix products": "gemm|nvjet|cutlass|xmma|matmul",
     "optimizer": "multi_tensor|foreach|adam",
-    "copies": "memcpy|memset|copy",
-    "elementwise, norms, loss": "",
+    "copies and others": "",
 }
 
 
@@ -72,7 +71,7 @@ def main(settings: BenchConfig):
         peer = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(peer)
         timed[path.stem] = Timed(peer.make_step(settings, settings.vocab_size, device))
-    limit = matrix_product_flops(device, getattr(torch, settings.dtype))
+    limit = matrix_product_flops(device, run.model.dtype)
     for _ in range(WINDOWS):
         for one in timed.values():
             time_window(one, settings, device)
@@ -104,14 +103,9 @@ def take_step(run: train.Run, tokens: torch.Tensor):
     for windows in tokens:
         batch = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         loss = run.forward(*batch).mean() / run.micro_steps
-        loss.backward()
+        run.scaler.scale(loss).backward()
         step_loss += loss.detach()
-    max_norm = run.settings.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
-    train.skip_if_not_finite(run, step_loss, grad_norm)
-    for optimizer in run.optimizers:
-        optimizer.step()
-    run.model.zero_grad()
+    train.update_weights(run, step_loss)
 
 
 def random_tokens(settings: BenchConfig, device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import ROOT, refused, run_inside, write
 
 import config
@@ -255,3 +256,11 @@ def test_progress_is_one_line_that_a_short_task_does_not_print(is_terminal, monk
     printed = capsys.readouterr().err
     assert printed.count("20 of 100 bytes, 16 s left") == printed.count("left") == 1
     assert printed.count("\n") == (not is_terminal)
+
+
+def test_torchrun_takes_no_setting_for_a_short_form_of_its_own_options():
+    parser = torch.distributed.run.get_args_parser()
+    for name in train.TrainConfig.__dataclass_fields__:
+        assert parser.parse_args(["train.py", f"--{name}=1"]).training_script_args == [
+            f"--{name}=1"
+        ]

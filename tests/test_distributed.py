@@ -75,7 +75,11 @@ config.run(train.main, train.TrainConfig, "")
 """
 ON_RANK_1 = [  # what rank 1 does in the sixth step, what is printed once, and a rank's exit code
     ("raise OSError('x.bin: gone')", "patched.py, rank 1: OSError: x.bin: gone", INPUT_OUTPUT),
-    ("raise RuntimeError('CUDA out of memory')", "rank 1: memory is full; a smaller", 2),
+    (
+        "raise RuntimeError('CUDA out of memory')",
+        "rank 1: memory is full; --micro_batch_size=1 or",
+        2,
+    ),
     ("os.kill(os.getpid(), signal.SIGKILL)", "another rank ended or did not answer", -9),
     ("os.kill(os.getpid(), signal.SIGTERM)", "stopped at step 6; to continue", 0),
 ]

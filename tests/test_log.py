@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import refused
 
 import hardware
 import log
@@ -62,12 +63,62 @@ def test_a_disk_without_room_for_three_checkpoints_is_a_warning(tmp_path, monkey
     assert log.warn_of_room(tmp_path, 1_000_000_000) == ""
 
 
-def test_a_gpu_has_the_peak_of_its_longest_name(monkeypatch):
-    names = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "Other": 0.0}
-    for name, peak in names.items():
+PEAKS = {  # in TFLOP/s, of names as the driver gives them; 0: not known, so no share is printed
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": 0,
+    "NVIDIA GH200 480GB": 0,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA RTX A1000": 0,
+    "NVIDIA A10": 125,
+    "NVIDIA A10G": 0,
+    "NVIDIA A10-24Q": 0,
+    "NVIDIA L4": 121,
+    "NVIDIA L40": 0,
+    "NVIDIA L40S": 362,
+    "Tesla T4": 65,
+    "NVIDIA T400 4GB": 0,
+    "Tesla V100-SXM2-16GB": 125,
+    "Tesla V100-PCIE-16GB": 0,
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA GeForce RTX 3090 Ti": 0,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": 0,
+    "NVIDIA GeForce RTX 4090 D": 0,
+    "Other": 0,
+}
+
+
+def test_a_gpu_has_the_peak_of_its_own_name(monkeypatch):
+    for name, peak in PEAKS.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert hardware.peak_flops(torch.device("cuda"), "bfloat16") == peak
+        assert hardware.peak_flops(torch.device("cuda"), "bfloat16") == peak * 1e12, name
     assert hardware.peak_flops(torch.device("cpu"), "bfloat16") == 0
+    assert hardware.named_peak_flops("H100", "float8") == 2 * 989e12
+    for name, dtype in (("A100", "float8"), ("RTX 4090", "float8"), ("H100", "float32")):
+        assert hardware.named_peak_flops(name, dtype) == 0
+
+
+@pytest.mark.parametrize(
+    "size, recompute, changes",
+    [
+        (16, "off", "--micro_batch_size=8 or --activation_checkpointing=selective needs less"),
+        (9, "selective", "--micro_batch_size=3 or --activation_checkpointing=full needs less"),
+        (1, "full", "a smaller --block_size needs less"),
+    ],
+)
+def test_full_memory_names_what_to_change_and_to_which_value(size, recompute, changes):
+    settings = dict(micro_batch_size=size, activation_checkpointing=recompute)
+
+    def run_with(error):
+        with hardware.naming_less_memory(settings):
+            raise error
+
+    wanted = f"^memory is full; {changes} .micro_batch_size is {size}, activation_ch.* {recompute}"
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError()):
+        refused(wanted, run_with, error)
+    with pytest.raises(RuntimeError, match="another"):
+        run_with(RuntimeError("another"))
 
 
 @pytest.mark.parametrize("has_units, dtype", [(True, "bfloat16"), (False, "float32")])

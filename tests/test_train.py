@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import conftest
 import numpy as np
@@ -166,11 +166,14 @@ def test_validation_is_the_mean_over_its_windows(finished, data_dir):
 def test_dropout_and_activation_checkpointing(data_dir, tmp_path, kind):
     """Dropout depends on the seed and the step alone, so checkpointing changes nothing."""
     found = []
-    for option in ("seed=1337", "activation_checkpointing=True", "dropout=0"):
+    name = "activation_checkpointing"
+    for option in ("seed=1337", f"{name}=selective", f"{name}=full", "dropout=0"):
         options = [*KINDS[kind], "--dropout=0.2", f"--{option}"]
         assert tiny_run(data_dir, tmp_path / option, *options).returncode == 0
         found.append(weights(tmp_path / option))
-    assert same(found[0], found[1]) and not same(found[0], found[2])
+    assert same(found[0], found[1]) and same(found[0], found[2]) and not same(found[0], found[3])
+    result = tiny_run(data_dir, tmp_path / "other", f"--{name}=True")
+    assert "must be one of off, selective, full" in result.stderr
 
 
 def test_micro_batch_and_dtype_change_only_rounding(finished, data_dir, tmp_path):
@@ -413,6 +416,58 @@ def test_what_is_not_needed_cannot_stop_training(finished, data_dir, tmp_path, m
     assert "three checkpoints need" in result.stdout.split("step      1")[0]
     assert same(weights(out_dir), weights(finished[0]))
     assert (out_dir / "mine.txt").exists() and not (out_dir / ".partial").exists()
+
+
+class Wandb(ModuleType):
+    """Stands in for wandb: keeps what it is sent, by run, until it fails."""
+
+    def __init__(self, sent: dict, fails_at=math.inf):
+        super().__init__("wandb")
+        self.sent, self.fails_at = sent, fails_at
+
+    def init(self, id, **options):
+        lines = self.sent.setdefault(id, [])
+
+        def log(values, step):
+            if step >= self.fails_at:
+                raise ConnectionError("gone")
+            assert values["step"] == step
+            lines.append(values)
+
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+
+def test_wandb_gets_the_lines_of_the_log_and_cannot_stop_training(data_dir, tmp_path, monkeypatch):
+    sent, out_dir = {}, tmp_path / "run"
+    for fails_at, options in ((math.inf, ["--max_steps=6"]), (9, [RESUME])):
+        monkeypatch.setitem(sys.modules, "wandb", Wandb(sent, fails_at))
+        result = tiny_run(data_dir, out_dir, "--log_to=wandb", *options)
+        assert result.returncode == 0, result.stderr
+        assert ("ConnectionError('gone')" in result.stdout) == (fails_at == 9)
+    [lines] = sent.values()  # one run, which continues
+    assert lines == [line for line in log.read_metrics(out_dir) if line["step"] < 9]
+    assert tiny_run(data_dir, out_dir, "--log_to=wandb", "--overwrite=True").returncode == 0
+    assert len(sent) == 2
+    monkeypatch.setattr(Wandb, "init", lambda *_, **__: 1 / 0)
+    result = tiny_run(data_dir, tmp_path / "other", "--log_to=wandb")
+    assert result.returncode == INPUT_OUTPUT and "log_to wandb: ZeroDivisionError" in result.stderr
+    for name in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+        result = tiny_run(data_dir, tmp_path / "none", f"--log_to={name}")
+        assert result.returncode == 2 and f"pip install {name}" in result.stderr
+        assert not (tmp_path / "none").exists()
+
+
+def test_tensorboard_gets_the_lines_of_the_log(data_dir, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for options in (["--max_steps=6"], [RESUME]):
+        assert tiny_run(data_dir, tmp_path, "--log_to=tensorboard", *options).returncode == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for key in ("loss", "val_loss", "learning_rate"):
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        assert found == [pytest.approx(line) for line in metrics(tmp_path, "step", key)]
 
 
 @pytest.mark.parametrize("code", [INPUT_OUTPUT, 0], ids=["full disk", "| head -1"])
