@@ -60,7 +60,7 @@ TABLES = {  # of each: the settings of all lines; then name, GPUs (0: those aske
     ),
     "large": (
         "config/gpt3_7b.py --block_size=1024 --batch_tokens=65536 --micro_batch_size=4 "
-        "--activation_checkpointing=True --compile=blocks",
+        "--activation_checkpointing=full --compile=blocks",
         [("fsdp", 0, FSDP)],
     ),
     "deepspeed": (

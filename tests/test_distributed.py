@@ -68,7 +68,7 @@ def broken(model, tokens, targets):
 def recorded(run, stop=train.stop_if_not_finite):
     state = [run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]]
     with open(f"{{run.folder}}/rank {{run.ranks.rank}}", "a") as file:
-        print(run.step, checkpoint.checksum(state), file=file)
+        print(run.step, checkpoint.checksum(checkpoint.snapshot(state, {{}})), file=file)
     stop(run)
 train.GPT.forward, train.stop_if_not_finite = broken, recorded
 config.run(train.main, train.TrainConfig, "")
