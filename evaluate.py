@@ -41,9 +41,7 @@ class EvaluateConfig:
     """Measure how well a model predicts a text, each document by itself, or answers questions."""
 
     text: str = ""  # files, a folder, globs as for prepare_data.py, or data/NAME, data/NAME:train
-    choices: str = (
-        ""  # .jsonl of questions, instead: {"prompt": TEXT, "choices": [TEXTS], "answer": 0}
-    )
+    choices: str = ""  # .jsonl of questions: {"prompt": TEXT, "choices": [TEXTS], "answer": 0}
     checkpoint: str = ""  # .pt file, run's folder, or model (gpt2, folder, OWNER/NAME); "" = newest
     out_dir: str = "out"  # folder of the runs
     stride: int = 0  # tokens between windows; fewer give more context; 0 = half the context
