@@ -181,16 +181,8 @@ class Mixture:
             if not is_same or not part.tokenizer.same_ids(self.tokenizer):
                 names = f"{part.folder} has {part.tokenizer.name}, {first} {self.tokenizer.name}"
                 hint = f"prepare one of them with --tokenizer={first / 'tokenizer.tiktoken'}"
-                raise Failure(
-                    f"a mixture needs one tokenizer and --special_tokens: {names};\n{hint}"
-                )
-        self.turns = take_turns(weights)  # the part that has each position of a period
-        self.earlier = np.zeros_like(
-            self.turns
-        )  # of a period's positions, those the part had before
-        for part in range(len(parts)):
-            positions = np.flatnonzero(self.turns == part)
-            self.earlier[positions] = np.arange(len(positions))
+                raise Failure(f"a mixture needs one tokenizer and special_tokens: {names};\n{hint}")
+        self.turns, self.earlier = take_turns(weights)
 
     def batch(self, seed: int, first: int, count: int) -> np.ndarray:
         """As of a Dataset. A part has weight windows in each period, and `earlier` in this one."""
@@ -299,20 +291,21 @@ def window_order(seed: int, first: int, count: int, windows: int) -> np.ndarray:
     return indices
 
 
-def take_turns(weights: list[int]) -> np.ndarray:
-    """Which of several datasets has each window of a period, int64 (sum(weights),).
+def take_turns(weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which of several datasets has each window of a period, and how many it had before in it.
 
-    Of the first p windows each has less than one more or less than p * weight / sum(weights): its
-    n-th, from 0, is not before n / share and not after (n + 1) / share, the earliest end first (Liu
-    & Layland 1973; Baruah et al. 1996 show that it always succeeds).
+    Both int64 (sum(weights),). Of the first p windows each dataset has p * weight / sum(weights),
+    and less than one more or less: of the datasets whose next window may come now, the one whose
+    window is due first takes the turn. Window n is due in the interval of p where the share is n to
+    n + 1, and on one machine such a schedule always exists (Baruah et al. 1996).
     """
     period, counts, turns = sum(weights), [0] * len(weights), []
     for position in range(period):
         allowed = [k for k, n in enumerate(counts) if n * period // weights[k] <= position]
         turn = min(allowed, key=lambda k: -(-(counts[k] + 1) * period // weights[k]))
+        turns.append((turn, counts[turn]))
         counts[turn] += 1
-        turns.append(turn)
-    return np.array(turns)
+    return tuple(np.array(turns).T)
 
 
 def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
