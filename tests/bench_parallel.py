@@ -215,11 +215,7 @@ def take_step(run: train.Run, number: int, update: bool = True) -> torch.Tensor:
         loss.backward()
         step_loss += loss.detach()
     if update:
-        norm = parallel.clip_grad_norm(run.forward, run.settings.grad_clip or math.inf)
-        train.skip_if_not_finite(run, step_loss, norm)
-        for optimizer in run.optimizers:
-            optimizer.step()
-        run.model.zero_grad(set_to_none=run.forward is run.model)
+        train.update_weights(run, step_loss)
     return step_loss
 
 
