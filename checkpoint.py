@@ -267,7 +267,8 @@ def check_same_run(saved: dict, settings: dict, dataset):
     if not tokenizer.same_ids(dataset.tokenizer):
         differing.append(f"tokenizer was {tokenizer.name}, is {dataset.tokenizer.name}")
     if saved["dataset"] not in (dataset.fingerprint, dataset.old_fingerprint()):
-        differing.append(f"the files of dataset {settings['dataset']} have changed")
+        what = "weights or files" if ":" in settings["dataset"] else "files"
+        differing.append(f"the {what} of dataset {settings['dataset']} have changed")
     if differing:
         hint = "set them as they were, or start a new run with another --out_dir"
         raise Failure(f"{out_dir} cannot be continued: {', '.join(differing)};\n{hint}")

@@ -1,6 +1,7 @@
 """Cleaning: text in one form, its words as hashes, and the published rules for web pages.
 
-Gopher: Rae et al. 2021, appendix A.1.1. C4: Raffel et al. 2020, section 2.2.
+Gopher: Rae et al. 2021, appendix A.1.1. C4: Raffel et al. 2020, section 2.2. FineWeb: Penedo et
+al. 2024, section 3.6, with the thresholds of datatrove, which made the dataset.
 """
 
 import re
@@ -340,7 +341,40 @@ def repeated_share(page: Page, n: int) -> float:
     return page.sizes[is_repeated].sum() / page.bytes
 
 
+# FineWeb
+MIN_PUNCTUATED_LINES = 0.12  # share of lines that end with one of LINE_ENDINGS
+MAX_SHORT_LINES, SHORT_LINE = 0.67, 30  # share of lines of that many characters or fewer
+MAX_REPEATED_LINE_CHARACTERS = 0.01  # share of the characters; the paper has 0.1
+MAX_LINE_BREAKS = 0.3  # per word, where marks beside a word are another; in datatrove only
+WORD_OR_MARKS = re.compile(r"\w+|[^\w\s]+")
+LINE_ENDINGS = (".", "!", "?", "。", "！", "？")
+
+
+def unpunctuated_lines(page: Page) -> bool:
+    count = sum(line.endswith(LINE_ENDINGS) for line in page.lines)
+    return count < MIN_PUNCTUATED_LINES * len(page.lines)
+
+
+def short_lines(page: Page) -> bool:
+    count = sum(len(line) <= SHORT_LINE for line in page.lines)
+    return count > MAX_SHORT_LINES * len(page.lines)
+
+
+def repeated_line_characters(page: Page) -> bool:
+    repeated = sum(len(line) * (count - 1) for line, count in Counter(page.lines).items())
+    return repeated > MAX_REPEATED_LINE_CHARACTERS * (len(page.text) - page.text.count("\n"))
+
+
+def line_breaks(page: Page) -> bool:
+    breaks = page.text.count("\n")
+    if breaks <= MAX_LINE_BREAKS * page.words:  # most pages: they have more words and marks still
+        return False
+    return breaks > MAX_LINE_BREAKS * len(WORD_OR_MARKS.findall(page.text))
+
+
 SHAPE_RULES = [word_count, word_length, symbols, bullet_lines, ellipsis_lines]
 LANGUAGE_RULES = [words_without_letters, stop_words, sentences, curly_brackets, lorem_ipsum]
 REPETITION_RULES = [repeated_lines, top_ngrams, repeated_ngrams]
-RULES = {rule.__name__: rule for rule in SHAPE_RULES + LANGUAGE_RULES + REPETITION_RULES}
+FINEWEB_RULES = [unpunctuated_lines, short_lines, repeated_line_characters, line_breaks]
+ALL_RULES = SHAPE_RULES + LANGUAGE_RULES + REPETITION_RULES + FINEWEB_RULES
+RULES = {rule.__name__: rule for rule in ALL_RULES}

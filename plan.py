@@ -13,7 +13,7 @@ import torch
 
 import hardware
 from config import RANK
-from dataset import find_folder, read_manifest
+from dataset import find_folder, parse_mixture, read_manifest
 from model import GPT, MAX_LOGITS, GPTConfig, ModelShape
 
 SHARE_OF_PEAK = 0.4  # that the hours assume; docs/results.md has measured ones
@@ -28,9 +28,10 @@ KEPT |= {("qwen3", True): (2, 3, 3), ("qwen3", False): (5, 6, 4)}
 
 def print_plan(settings: dict):
     """Print the plan, on rank 0. Raises Failure where the dataset's manifest is damaged."""
-    folder = find_folder(settings["dataset"], settings["data_dir"])
-    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
-    vocab_size = manifest.get("tokenizer", {}).get("vocab_size", 50257)
+    weights = parse_mixture(settings["dataset"])
+    folders = [find_folder(name, settings["data_dir"]) for name in weights]
+    manifests = [read_manifest(f) if (f / "manifest.json").exists() else {} for f in folders]
+    vocab_size = manifests[0].get("tokenizer", {}).get("vocab_size", 50257)
     shape = {name: settings[name] for name in ModelShape.__dataclass_fields__}
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
@@ -39,11 +40,13 @@ def print_plan(settings: dict):
     tokens = settings["max_steps"] * settings["batch_tokens"]
     flops = model.flops_per_token(settings["block_size"])
     sizes = f"{size(model) / 1e6:,.1f}M parameters, {size(model.h) / 1e6:,.1f}M of them in blocks"
+    shares = [tokens * weight / sum(weights.values()) for weight in weights.values()]
+    data = [data_lines(*dataset) for dataset in zip(manifests, folders, shares)]
     lines = [
-        f"model: {sizes}, vocabulary of {vocab_size:,}{'' if manifest else ' (assumed)'}",
+        f"model: {sizes}, vocabulary of {vocab_size:,}{'' if manifests[0] else ' (assumed)'}",
         f"training: {settings['max_steps']:,} steps of {settings['batch_tokens']:,} tokens, "
         f"{tokens:.3g} in all; {flops / 1e6:,.0f} MFLOP per token, {flops * tokens:.3g} FLOP",
-        *data_lines(manifest, folder, tokens),
+        *sum(data, []),
         *memory_lines(model, settings, count, card, card_bytes),
         time_line(settings, count, card, flops * tokens),
         *rule_lines(model, settings, tokens),
@@ -81,7 +84,7 @@ def resolve_auto(model: GPT, settings: dict, count: int, card: str, card_bytes: 
     return settings
 
 
-def data_lines(manifest: dict, folder: Path, tokens: int) -> list[str]:
+def data_lines(manifest: dict, folder: Path, tokens: float) -> list[str]:
     if not manifest:
         return [f"data: {folder} has no manifest.json, so its size is not known"]
     available = manifest["splits"]["train"]["tokens"]

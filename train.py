@@ -35,7 +35,7 @@ import parallel
 import plan
 import sample
 from config import NOT_FINITE, Failure
-from dataset import Dataset, find_folder, window_order
+from dataset import Dataset, Mixture, Windows, find_folder, parse_mixture
 from hashing import hash_numbers
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
@@ -54,7 +54,7 @@ class TrainConfig(ModelShape):
     init_from: str = "scratch"  # scratch, resume, auto (either), gpt2, .pt, folder or OWNER/NAME
     overwrite: bool = False  # start again although out_dir has a run, which is lost
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
-    dataset: str = "stdlib"  # folder (in data_dir); stdlib and shakespeare are made when missing
+    dataset: str = "stdlib"  # folder in data_dir (stdlib, shakespeare: made), or a:0.7,b:0.3
     data_dir: str = "data"  # folder of the datasets
     tokenizer: str = ""  # of shards without a manifest: gpt2, bytes, a .tiktoken file, OWNER/NAME
     split_pattern: str = ""  # of a .tiktoken file in `tokenizer`: gpt2, gpt4 or qwen
@@ -75,7 +75,7 @@ class TrainConfig(ModelShape):
     muon_momentum: float = 0.95  # Muon: decay of the gradient's mean
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     eval_interval: int = 250  # steps between validations; one more follows the last step
-    eval_tokens: int = 10 * 1024 * 1024  # tokens a validation scores, the same each time
+    eval_tokens: int = 10 * 1024 * 1024  # tokens of each dataset that a validation scores
     checkpoint_interval: int = 1000  # steps between checkpoints; one more follows the last step
     log_interval: int = 10  # steps between lines of the log
     sample_prompt: str = ""  # text that the trained model continues; "" = off
@@ -94,6 +94,7 @@ class TrainConfig(ModelShape):
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
         self.check_shape()
+        parse_mixture(self.dataset)
         config.check_bounds(self, 1, "batch_tokens max_steps eval_interval eval_tokens")
         config.check_bounds(self, 1, "checkpoint_interval log_interval distributed_timeout")
         config.check_bounds(self, 0, "seed micro_batch_size warmup_steps decay_steps learning_rate")
@@ -179,7 +180,7 @@ class Run:
 
     settings: TrainConfig
     ranks: Ranks
-    dataset: Dataset
+    dataset: Dataset | Mixture
     model: GPT
     forward: torch.nn.Module  # the model as the loop calls it
     optimizers: list[torch.optim.Optimizer]
@@ -226,9 +227,16 @@ class Run:
             log.append_metrics(self.folder, values, self.send)
 
 
-def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset:
-    """Open the dataset; make it first where it is missing and takes seconds. Raises Failure."""
-    name, folder = settings.dataset, find_folder(settings.dataset, settings.data_dir)
+def open_dataset(settings: TrainConfig, ranks: Ranks) -> Dataset | Mixture:
+    """Open the dataset, or the mixture of several. Raises Failure."""
+    weights = parse_mixture(settings.dataset)
+    datasets = [open_folder(name, settings, ranks) for name in weights]
+    return Mixture(datasets, [*weights.values()]) if len(datasets) > 1 else datasets[0]
+
+
+def open_folder(name: str, settings: TrainConfig, ranks: Ranks) -> Dataset:
+    """Open a dataset; make it first where it is missing and takes seconds. Raises Failure."""
+    folder = find_folder(name, settings.data_dir)
 
     def make_if_missing():
         if folder.exists():
@@ -366,14 +374,13 @@ def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
 
 def describe(run: Run) -> str:
     """The model, the data and the batch in three lines."""
-    settings, train_tokens = run.settings, run.dataset.train.count_tokens()
+    settings, tokens = run.settings, run.settings.max_steps * run.settings.batch_tokens
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     flops = run.model.flops_per_token(settings.block_size)
-    epochs = settings.max_steps * settings.batch_tokens / train_tokens
+    data = [d.describe(n * tokens) for d, n in zip(run.dataset.parts, run.dataset.shares)]
     return (
         f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP per token\n"
-        f"data: {train_tokens:,} training tokens of {settings.dataset}; {settings.max_steps:,} "
-        f"steps of {settings.batch_tokens:,} are {epochs:.2f} epochs\n"
+        f"data: {', '.join(data)} in {settings.max_steps:,} steps of {settings.batch_tokens:,}\n"
         f"batch: {settings.micro_batch_size} sequences of {settings.block_size} "
         f"x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
         f"on {settings.device} in {settings.dtype}, compile {settings.compile}"
@@ -431,11 +438,11 @@ def train(run: Run) -> bool:
 
 def micro_batch(run: Run, step: int, micro_step: int):
     """This rank's tokens and targets, each (micro_batch_size, block_size), on its device."""
-    settings, windows = run.settings, run.dataset.train
+    settings = run.settings
     turn = micro_step * run.ranks.world_size + run.ranks.rank  # the ranks take turns
     first = step * settings.step_sequences + turn * settings.micro_batch_size
-    indices = window_order(settings.seed, first, settings.micro_batch_size, len(windows))
-    return to_device(windows[indices], run.ranks.device)
+    windows = run.dataset.batch(settings.seed, first, settings.micro_batch_size)
+    return to_device(windows, run.ranks.device)
 
 
 def to_device(windows: np.ndarray, device: torch.device):
@@ -573,25 +580,28 @@ def schedule(step: int, settings: TrainConfig) -> float:
 def validate_and_log(run: Run):
     """Validate, unless a stop is requested meanwhile: the resumed run makes up for it."""
     stop_if_not_finite(run)
-    loss = validate(run)
-    if loss is None:
+    losses = {part.folder.name: validate(run, part.val) for part in run.dataset.parts}
+    if None in losses.values():
         return
+    loss = sum(share * part for share, part in zip(run.dataset.shares, losses.values()))
+    each = {f"val_loss_{name}": part for name, part in losses.items() if len(losses) > 1}
     if not math.isfinite(loss):
         raise Failure(f"step {run.step}: the validation loss is {loss}", NOT_FINITE)
     run.val_loss, run.val_step = loss, run.step
-    run.record(step=run.step, val_loss=loss, bits_per_byte=run.dataset.bits_per_byte(loss))
+    run.record(step=run.step, val_loss=loss, bits_per_byte=run.dataset.bits_per_byte(loss), **each)
     perplexity = f"perplexity {log.perplexity(loss):.2f}"
-    run.print(f"step {run.step:>6,} | validation loss {loss:.4f}, {perplexity}")
+    names = "".join(f" | {name} {part:.4f}" for name, part in each.items())
+    run.print(f"step {run.step:>6,} | validation loss {loss:.4f}, {perplexity}{names}")
     if loss < run.best_val_loss:
         run.best_val_loss, run.is_best = loss, True
 
 
-def validate(run: Run) -> float | None:
-    """The mean loss, in nats per token, of fixed windows spread evenly over the validation text.
+def validate(run: Run, windows: Windows) -> float | None:
+    """The mean loss, in nats per token, of fixed windows spread evenly over a validation text.
 
     Returns None where a stop was requested before the end.
     """
-    settings, ranks, windows = run.settings, run.ranks, run.dataset.val
+    settings, ranks = run.settings, run.ranks
     size = settings.micro_batch_size
     count = min(len(windows), max(1, settings.eval_tokens // settings.block_size))
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)

@@ -4,9 +4,12 @@ import random
 import string
 import unicodedata
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import clean
 from clean import LINE_RULES, RULES, HashSet, Page, clean_text, hash_words, normalize
@@ -142,6 +145,8 @@ NUMBERS = list(map(str, range(1000, 1021)))
 SIGNS = [*"•–→×➤½©…☃🙂③°£§¿—÷■", "❤️", "€500", "“12”"]
 NO_SENTENCES = " ".join([*marked(prose(), "!", 2), "is", "3.5", "e.g:"])
 OK_31, OK_32 = ("\n".join(mixed(lines_of(prose(n)), "ok", m)) for n, m in ((690, 31), (680, 32)))
+SHORT, LONGER = ([start + line[-30:] for line in LINES] for start in ("", "x"))
+UNENDED = [line[:-1] for line in LINES]
 CASES = [  # the rule, a page just within its threshold, a page just beyond
     ("word_count", page(prose(50)), page(prose(49))),
     ("word_count", page(prose(100) * 1000), page([*prose(100) * 1000, "more"])),
@@ -162,6 +167,10 @@ CASES = [  # the rule, a page just within its threshold, a page just beyond
     ("top_ngrams", with_phrase(300, 4, 12), with_phrase(300, 4, 13)),
     ("repeated_ngrams", with_phrase(1000, 5, 31), with_phrase(1000, 5, 32)),
     ("repeated_ngrams", with_phrase(2001, 10, 21), with_phrase(2000, 10, 22)),
+    ("unpunctuated_lines", *("\n".join(marked(UNENDED, "? ", n)) for n in (12, 11))),
+    ("short_lines", *("\n".join(LINES[:1] + LONGER[1:n] + SHORT[n:]) for n in (33, 32))),
+    ("repeated_line_characters", one_long_line_twice(6), one_long_line_twice(7)),
+    ("line_breaks", page(prose()) + "\n" * 24, page(prose()) + "\n" * 25),  # 110 words and marks
 ]
 
 
@@ -226,6 +235,25 @@ def test_repetition_is_measured_as_gopher_defines_it():
             assert rule(this_page) == is_bad
             decisions[rule, is_bad] += 1
     assert len(decisions) == 4 and min(decisions.values()) > 100
+
+
+def test_finewebs_rules_agree_with_datatroves_on_real_documents():
+    """Its filter stops at the first rule that drops; spaCy's words differ a little from ours."""
+    filters = pytest.importorskip("datatrove.pipeline.filters")
+    pytest.importorskip("spacy")
+    theirs, decisions = filters.FineWebQualityFilter(), Counter()
+    names = ["line_punct_ratio", "short_line_ratio", "char_dup_ratio", "list_ratio"]
+    for path in [*Path(string.__file__).parent.glob("*.py"), *ROOT.glob("**/*.md")]:
+        lines = normalize(path.read_text(encoding="utf-8", errors="ignore")).split("\n")
+        text = "\n".join(map(str.strip, lines))  # white space around lines does not count for us
+        result = theirs.filter(SimpleNamespace(text=text or "x"))
+        expected = names.index(result[1]) if result is not True else None
+        page = Page(text or "x")
+        found = [number for number, rule in enumerate(clean.FINEWEB_RULES) if rule(page)]
+        decisions[expected, found[0] if found else None] += 1
+    differing = sum(count for (one, other), count in decisions.items() if one != other)
+    assert {pair for pair in decisions if pair[0] != pair[1]} <= {(None, 3), (3, None)}
+    assert len(decisions) > 3 and differing < 0.03 * decisions.total(), decisions
 
 
 @pytest.mark.parametrize("phrase", clean.BOILERPLATE)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QWEN3, make_model, run_inside, write
+from conftest import QWEN3, make_model, refused, run_inside, write
 
 import checkpoint
 import evaluate
 import prepare_data
 import sample
 from evaluate import EvaluateConfig, Score, score, summarize, windows_of
+from tokenizer import Tokenizer
 
 shapes = pytest.mark.parametrize("shape", [{}, QWEN3], ids=["gpt2", "qwen3"])
 
@@ -126,6 +127,104 @@ def test_transformers_scores_an_export_the_same(trained, text_file, tmp_path):
     result = evaluated(trained, tmp_path / "x.txt", model, "--json=True")[1]
     assert result["tokens"] == len(tokens) - 1
     assert result["nats_per_token"][0] == pytest.approx(nats / result["tokens"], rel=1e-5)
+
+
+PROMPT = "Chapter 7. 7 comes before 8. 14 comes before "
+QUESTIONS = [  # prompt, choices, answer; the third does not fit into the context of 32
+    (PROMPT, ["15.", "banana", "é"], 0),
+    ("", ["Chapter", " 9"], 1),
+    (PROMPT * 3, ["15.", "16", "a bit longer"], 2),
+    ("no space", [" x", "\n\ny"], 0),
+    (" \n", ["x", "yy"], 0),
+]
+
+
+def write_questions(path, questions):
+    entries = [dict(zip(("prompt", "choices", "answer"), question)) for question in questions]
+    return write(path, "".join(json.dumps(line | {"id": 1}) + "\n\n" for line in entries))
+
+
+def test_choices_are_scored_as_one_by_one_in_a_plain_loop(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "CPU_TOKENS", 100)
+    path = write_questions(tmp_path / "x.jsonl", QUESTIONS)
+    model, tokenizer = checkpoint.open_model(str(trained / "tiny"), "")
+    model.eval()
+    questions = evaluate.read_questions(path)
+    windows = evaluate.windows_of_choices(questions, tokenizer, 32)
+    evaluate.add_nats(model, windows, EvaluateConfig(dtype="float32"))
+    rows = []
+    for question, (prompt, choices, answer) in zip(questions, QUESTIONS, strict=True):
+        stem = prompt.rstrip()
+        for choice, scored in zip(choices, question.scores, strict=True):
+            tokens = tokenizer.encode_document(prompt + choice).astype(np.int64)
+            count = len((prompt + choice).encode()) - len(stem.encode())  # a token is a byte
+            logits = model.logits(torch.tensor(tokens[-33:-1])[None])[0, -count:]
+            targets = torch.tensor(tokens[-count:])
+            expected = F.cross_entropy(logits, targets, reduction="sum").item()
+            assert (scored.tokens, scored.bytes) == (count, len(choice.encode()))
+            assert scored.nats == pytest.approx(expected, rel=1e-5)
+        nats, sizes = zip(*[(scored.nats, scored.bytes) for scored in question.scores])
+        by_bytes = [n / size for n, size in zip(nats, sizes)]
+        best = [values.index(min(values)) == answer for values in (nats, by_bytes)]
+        rows.append((*best, nats[answer], sizes[answer]))
+    result = evaluated(trained, "", f"--choices={path}", "--dtype=float32", "--json=True")[1]
+    right, right_by_bytes, nats, sizes = map(sum, zip(*rows))
+    assert result["questions"] == 5 and result["chance"] == pytest.approx((2 / 3 + 3 / 2) / 5)
+    for name, count in (("accuracy", right), ("accuracy_by_bytes", right_by_bytes)):
+        p = count / 5
+        assert result[name] == pytest.approx([p, math.sqrt(p * (1 - p) / 4)])
+    assert result["bits_per_byte"][0] == pytest.approx(nats / sizes / math.log(2))
+    text = evaluated(trained, "", f"--choices={path}", "--dtype=float32")[0].stdout
+    assert f"accuracy           {right / 5:9.4f} ± " in text and "5 questions" in text
+
+
+def test_a_choice_begins_where_its_own_tokens_do():
+    """White space before a choice is scored with it; a prompt cannot swallow a whole choice."""
+    tokenizer = Tokenizer.from_tokens(
+        [*map(bytes, ([n] for n in range(256))), b" b", b"ab"], "x", "gpt2"
+    )
+    for prompt, choice, scored in (
+        ("a ", "b", [b" b"]),
+        ("a", " b", [b" b"]),
+        ("a", "b", [b"ab"]),
+        ("a  ", "c", [b" ", b" ", b"c"]),
+    ):
+        questions = [evaluate.Question("", prompt, [choice], 0)]
+        ((score, _, targets),) = evaluate.windows_of_choices(questions, tokenizer, 9)
+        found = [tokenizer.token_bytes(n) for n in targets[targets >= 0].tolist()]
+        assert found == scored and (score.tokens, score.bytes) == (len(scored), len(choice))
+
+
+BAD_QUESTIONS = [
+    '{"prompt": "a", "choices": ["b"]}',
+    '{"prompt": "a", "choices": "bc", "answer": 0}',
+    '{"prompt": "a", "choices": ["b", ""], "answer": 0}',
+    '{"prompt": "a", "choices": [], "answer": 0}',
+    '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
+    '{"prompt": "a", "choices": ["b", "c"], "answer": true}',
+    '{"prompt": "a", "choices": ["b", "\\ud800"], "answer": 0}',
+    "[" * 100_000,
+    "not JSON",
+    b"\xff",
+]
+
+
+@pytest.mark.parametrize("line", BAD_QUESTIONS)
+def test_a_bad_question_is_refused_with_its_line(line, tmp_path):
+    good = b'{"prompt": "a", "choices": ["b", "c"], "answer": 1}\n\n'
+    path = write(tmp_path / "x.jsonl", good + (line if isinstance(line, bytes) else line.encode()))
+    refused(r"x.jsonl:3: a question is {\"prompt\"", evaluate.read_questions, path)
+
+
+def test_questions_that_cannot_be_answered_are_refused(trained, tmp_path):
+    long = write_questions(tmp_path / "long.jsonl", [("a", ["b", "b" * 33], 0)])
+    result = evaluated(trained, "", f"--choices={long}")[0]
+    assert result.returncode == 2
+    assert "long.jsonl:1: a choice has 33 tokens, the model's context 32" in result.stderr
+    refused("has no question", evaluate.read_questions, write(tmp_path / "empty.jsonl", "\n"))
+    for options in ({}, dict(text="a", choices="b"), dict(choices="b", stride=3)):
+        with pytest.raises(ValueError, match="name a text or a file|stride has no effect"):
+            EvaluateConfig(**options).check()
 
 
 def test_what_cannot_be_scored_is_refused(trained, data_dir, text_file, tmp_path):

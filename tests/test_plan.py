@@ -80,6 +80,8 @@ def test_a_plan_makes_nothing_and_warns(data_dir, tmp_path):
     assert "a multiple of block_size x micro_batch_size x 3 = 192" in result.stdout
     assert "A100 40GB has 40.00 GiB; --micro_batch_size=1 or --act" in result.stdout
     assert "hours at 40% of 936 TFLOP/s" in result.stdout and "(assumed)" in result.stdout
+    printed = planned([*arguments, "--dataset=tiny:3,nothing:1"]).stdout
+    assert "epochs of" in printed and "nothing has no manifest.json" in printed
     result = planned(["--init_from=gpt2"])
     assert result.returncode == 2 and "gpt2 has its own shape" in result.stderr
 

@@ -15,13 +15,24 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, KINDS, UNTIED, full_disk, make_model, metrics, refused, tiny_run
+from conftest import (
+    FIXTURES,
+    KINDS,
+    UNTIED,
+    full_disk,
+    make_model,
+    metrics,
+    refused,
+    tiny_run,
+    write_texts,
+)
 
 import checkpoint
 import files
 import hardware
 import hf
 import log
+import prepare_data
 import train
 from config import IN_USE, INPUT_OUTPUT, NO_CHECKPOINT, NOT_FINITE
 from dataset import Dataset, window_order
@@ -235,6 +246,30 @@ def assert_same_run(*folders, steps=range(1, 100)):
     for keys in (("step", "loss", "grad_norm", "learning_rate"), ("step", "val_loss")):
         lines = [[line for line in metrics(f, *keys) if line[0] in steps] for f in folders]
         assert lines[0] == lines[1]
+
+
+def test_a_mixture_validates_each_dataset_and_resumes_exactly(data_dir, tmp_path, monkeypatch):
+    source = write_texts(
+        tmp_path / "x.jsonl", [f"{n} and {n} are {2 * n}. " * 60 for n in range(40)]
+    )
+    settings = dict(name="other", source=str(source), tokenizer="bytes", data_dir=str(tmp_path))
+    prepare_data.prepare(prepare_data.PrepareConfig(**settings, processes=1))
+    mixture = f"--dataset={data_dir / 'tiny'}:3,{tmp_path / 'other'}:1"
+    result = tiny_run(data_dir, tmp_path / "whole", mixture)
+    assert result.returncode == 0, result.stderr
+    assert "training tokens of tiny (0.0" in result.stdout and "of other (0.0" in result.stdout
+    names = ("val_loss", "val_loss_tiny", "val_loss_other", "bits_per_byte")
+    for mean, tiny, other, bits in metrics(tmp_path / "whole", *names):
+        assert mean == pytest.approx(0.75 * tiny + 0.25 * other) and tiny != other
+        assert bits == pytest.approx(mean / math.log(2), rel=0.01)  # but for the end-of-texts
+        assert f"val_loss_other {other:.4f}" in result.stdout
+    with monkeypatch.context() as patch:
+        send_when(patch, "validate", 8, signal.SIGTERM)
+        assert tiny_run(data_dir, tmp_path / "parts", mixture).returncode == 0
+    other_weights = tiny_run(data_dir, tmp_path / "parts", mixture.replace(":3", ":2"), RESUME)
+    assert other_weights.returncode == 2 and "weights or files of dataset" in other_weights.stderr
+    assert tiny_run(data_dir, tmp_path / "parts", mixture, RESUME).returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_only_a_later_interrupt_ends_at_once(data_dir, tmp_path, monkeypatch):
