@@ -13,7 +13,8 @@ import torch
 
 import hardware
 from config import RANK
-from dataset import find_folder, parse_mixture, read_manifest
+from dataset import find_folder, read_manifest
+from mixture import parse_mixture
 from model import GPT, MAX_LOGITS, GPTConfig, ModelShape
 
 SHARE_OF_PEAK = 0.4  # that the hours assume; docs/results.md has measured ones

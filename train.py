@@ -35,8 +35,9 @@ import parallel
 import plan
 import sample
 from config import NOT_FINITE, Failure
-from dataset import Dataset, Mixture, Windows, find_folder, parse_mixture
+from dataset import Dataset, Windows, find_folder
 from hashing import hash_numbers
+from mixture import Mixture, parse_mixture
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
 from ranks import Ranks, launcher_is_gone, start_ranks
