@@ -24,7 +24,10 @@ CONFIGS = {"train": train.TrainConfig, "sample": sample.SampleConfig}
 CONFIGS |= {"evaluate": evaluate.EvaluateConfig, "prepare_data": prepare_data.PrepareConfig}
 SETTINGS = {name: {f.name for f in dataclasses.fields(kind)} for name, kind in CONFIGS.items()}
 for bench in sorted(ROOT.glob("tests/bench_*.py")):  # its own settings, and those of what it runs
-    own = re.findall(r"^    (\w+): (?:int|float|bool|str) = ", bench.read_text("utf-8"), re.M)
+    text = bench.read_text("utf-8")
+    if "(bench_train.BenchConfig)" in text:
+        text += (ROOT / "tests" / "bench_train.py").read_text("utf-8")
+    own = re.findall(r"^    (\w+): (?:int|float|bool|str) = ", text, re.M)
     SETTINGS[bench.stem] = set(own).union(*(SETTINGS[name] for name in CONFIGS))
 ROW = r"^\| `([\w./]+\.py)` \| (\d+) \| .* \| ([^|]+) \|$"  # of the table of modules
 OTHER_FILES = {"convert_hf_to_gguf.py", "report.md", "loss.png", "utils.py"}  # not in here
