@@ -128,8 +128,8 @@ def attend(q, k, v, dropout: float, cache=None):
 
     cache: one layer of a KVCache, see GPT.next_logits. Vaswani et al. 2017, section 3.2.
     """
-    dtype, is_short = q.dtype, q.is_cpu and q.size(1) < 512
-    if is_short and cache is None:  # PyTorch's kernel for CPUs is slower in bfloat16
+    dtype = q.dtype
+    if cache is None and q.is_cpu and q.size(1) < 512:  # PyTorch's kernel is slower in bfloat16
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) and twice (B, K, T, D)
     if cache is not None:

@@ -25,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def check(settings: dict):
-    """Raise ValueError where settings of train.py, by name, do not go together."""
+    """Raise Failure where settings of train.py, by name, do not go together."""
     parallel, dtype = settings["parallel"], settings["dtype"]
     needs = [("compile blocks, or off: the model is not whole", settings["compile"] != "model")]
     needs += [("a micro_batch_size: 0 tries the whole model", settings["micro_batch_size"] > 0)]
@@ -37,7 +37,7 @@ def check(settings: dict):
         needs += [("torchrun, also for one process", "LOCAL_RANK" in os.environ)]
     missing = [name for name, is_there in needs if not is_there]
     if missing and parallel != "ddp":
-        raise ValueError(f"parallel {parallel} needs {missing[0]}")
+        raise Failure(f"parallel {parallel} needs {missing[0]}")
 
 
 def shard_model(model, device: torch.device, reshard_after_forward: bool):
@@ -48,7 +48,7 @@ def shard_model(model, device: torch.device, reshard_after_forward: bool):
 
     Weights are gathered in the type of the residual stream, and gradients are summed in fp32, after
     each micro-step: whole ones would need the memory that sharding is for. Embedding and head can
-    be one tensor, so both are the model's own. It is moved to the device block by block.
+    be one tensor, so both are the model's own. The model is moved to the device block by block.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -57,8 +57,8 @@ def shard_model(model, device: torch.device, reshard_after_forward: bool):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     dtype = model.dtype if model.dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # nor RoPE's
+    options = dict(mesh=mesh, mp_policy=policy)
     for block in model.h:
-        options = dict(mesh=mesh, mp_policy=policy)
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)  # the backward needs it at once
     model.keeps_weights = not reshard_after_forward
@@ -87,13 +87,8 @@ def copy_values(parameter: torch.Tensor, values: torch.Tensor):
 
 def shard_state(state, model):
     """A loaded state whose tensors are sharded as the parameters of the model are."""
-    like = next(model.parameters())
-
-    def shard(value):
-        has_rows = isinstance(value, torch.Tensor) and value.dim()
-        return shard_like(like, value) if has_rows else value
-
-    return torch.utils._pytree.tree_map(shard, state)
+    like, tree_map_only = next(model.parameters()), torch.utils._pytree.tree_map_only
+    return tree_map_only(torch.Tensor, lambda t: shard_like(like, t) if t.dim() else t, state)
 
 
 def save(forward, writer, name: str, state: dict, started: float):
@@ -146,7 +141,7 @@ class ShardedMuon(Muon):
 
 
 def orthogonalize_rows(rows: torch.Tensor, shape, count: int) -> torch.Tensor:
-    """This rank's rows (N, its rows, C) of N weights as `orthogonalize` changes whole weights.
+    """Orthogonalize N weights, of which each rank has its rows (N, its rows, C); return the same.
 
     shape: of a whole weight, (R, C), in which `count` matrices are stacked. n is N / ranks and r is
     R / ranks, rounded up: zeros are added. Weight i is made whole on rank i modulo ranks.
@@ -205,7 +200,9 @@ def read_options(path: str, ours: dict) -> dict:
     for name, value in ours.items():
         if options.pop(name, "auto") not in ("auto", value):
             raise Failure(f'{path}: {name} must be {value}, as the settings have it, or "auto"')
-    options = without_auto(options)
+    options, objects = without_auto(options), ("optimizer", "zero_optimization", "fp16", "bf16")
+    if not all(isinstance(options.get(name, {}), dict) for name in objects):
+        raise Failure(f"{path}: {', '.join(objects)} must be objects")
     kind = options.pop("optimizer", {}).get("type", "AdamW")  # its values are the recipe's
     options.pop("scheduler", None)
     if kind not in ("Adam", "AdamW"):
@@ -214,7 +211,8 @@ def read_options(path: str, ours: dict) -> dict:
         raise Failure(f"{path}: the stage of zero_optimization must be 1, 2 or 3")
     if options.get("fp16", {}).get("enabled"):
         raise Failure(f"{path}: fp16 is not supported; dtype bfloat16 needs no option")
-    options |= dict(list(ours.items())[:2])  # it is the loop that accumulates
+    for name in ("train_micro_batch_size_per_gpu", "gradient_clipping"):  # the loop accumulates
+        options[name] = ours[name]
     options |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     options["bf16"] = {"check_grad_overflow": True} | options.get("bf16", {})
     return options | {"managed_gradient_accumulation": False, "steps_per_print": 10**9}

@@ -71,8 +71,7 @@ class Ranks:
 def start_ranks(device: torch.device, timeout_minutes: int, less_memory: str):
     """Yield this process's Ranks; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. Raises Failure.
 
-    timeout_minutes: how long a rank waits for the others. less_memory: what to do where memory is
-    full.
+    timeout_minutes: how long a rank waits for others. less_memory: what to do if memory is full.
     """
     world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
     if device.type == "cuda":

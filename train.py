@@ -7,12 +7,10 @@
 
 The invariant: the batch of a step is a pure function of (seed, step), and dropout of (seed, step,
 rank, micro-batch size). With the weights, the optimizers' state and the step, latest.pt has all
-that a run needs to continue exactly. On another number of ranks (processes, one per GPU) the
-batches stay the same.
+that a run needs to continue exactly, with the same batches on any number of ranks (processes).
 """
 
 import contextlib
-import inspect
 import math
 import os
 import shlex
@@ -59,7 +57,7 @@ class TrainConfig(ModelShape):
     data_dir: str = "data"  # folder of the datasets
     tokenizer: str = ""  # of shards without a manifest: gpt2, bytes, a .tiktoken file, OWNER/NAME
     split_pattern: str = ""  # of a .tiktoken file in `tokenizer`: gpt2, gpt4 or qwen
-    verify_data: bool = False  # compare hashes of the dataset at the start also if it has 2 GB
+    verify_data: bool = False  # hash the dataset at the start even if it has 2 GB or more
     batch_tokens: int = 512 * 1024  # tokens of an optimizer step, over all ranks
     micro_batch_size: int = 0  # sequences a device holds at once; 0 = found by trying on a GPU
     max_steps: int = 19073  # optimizer steps; 19,073 of 0.5M tokens are 10B
@@ -155,9 +153,9 @@ def main(settings: TrainConfig):
     if settings.fine_tunes:  # here, as a download can outlast the time-out of waiting ranks
         checkpoint.find_model(init_from)
     with contextlib.ExitStack() as stack:
-        device, timeout = hardware.find_device(settings.device), settings.distributed_timeout
+        device = hardware.find_device(settings.device)
         hardware.check_dtype(settings.dtype, device, settings.block_size)
-        with start_ranks(device, timeout, LESS_MEMORY) as ranks:
+        with start_ranks(device, settings.distributed_timeout, LESS_MEMORY) as ranks:
             dataset = open_dataset(settings, ranks)
             claim = log.claimed_folder(folder, init_from, settings.overwrite)
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
@@ -195,9 +193,9 @@ class Run:
     def __post_init__(self):
         device = self.ranks.device
         self.writer = checkpoint.Writer(self.folder) if self.ranks.rank == 0 else None
-        self.send = None  # what sends metrics elsewhere, too
-        self.found_inf = torch.zeros((), device=device)  # 1 from the first step not finite
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # that step
+        self.send = None  # the function that also sends metrics to the backend of log_to
+        self.found_inf = torch.zeros((), device=device)  # 1 once a step was not finite
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # the first such step
         self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # by this rank's loss
         # small gradients are 0 in float16, unless the loss is scaled up for the backward pass
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.dtype == "float16")
@@ -239,91 +237,98 @@ def open_folder(name: str, settings: TrainConfig, ranks: Ranks) -> Dataset:
     """Open a dataset; make it first where it is missing and takes seconds. Raises Failure."""
     folder = find_folder(name, settings.data_dir)
 
-    def make_if_missing():
-        if folder.exists():
-            return
-        command = ["prepare_data.py", Path(name).name, f"--data_dir={settings.data_dir}"]
+    def make():
+        arguments = [folder.name, f"--data_dir={folder.parent}"]
         if name not in MADE_WHEN_MISSING:
-            hint = f"python {shlex.join(command)} (with --source=PATH for your own text)"
-            raise Failure(f"{folder} does not exist; make it: {hint}")
-        command[0] = Path(__file__).with_name("prepare_data.py")
-        if code := subprocess.run([sys.executable, *command]).returncode:
+            command = f"python prepare_data.py {shlex.join(arguments)}"
+            hint = f"make it: {command} (with --source=PATH for your own text)"
+            raise Failure(f"{folder} does not exist; {hint}")
+        command = [sys.executable, Path(__file__).with_name("prepare_data.py"), *arguments]
+        if code := abs(subprocess.run(command).returncode):  # of a signal it is negative
             raise Failure(f"the dataset {name} could not be made", code)
 
-    ranks.on_rank_0(make_if_missing)
+    ranks.on_rank_0(lambda: folder.exists() or make())
     return Dataset(folder, settings.block_size, settings.tokenizer, settings.split_pattern)
 
 
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     """The run at its first step, or as its checkpoint left it. Raises Failure."""
-    saved, folder = {}, Path(settings.out_dir)
     if settings.parallel == "fsdp" and ranks.world_size == 1:  # there is nothing to split
         settings = replace(settings, parallel="ddp")
-    is_fsdp = settings.parallel == "fsdp"
     if settings.init_from == "auto":
-        has_checkpoint = ranks.any(bool(checkpoint.saved(folder)))
+        has_checkpoint = ranks.any(bool(checkpoint.saved(Path(settings.out_dir))))
         settings = replace(settings, init_from="resume" if has_checkpoint else "scratch")
-    if settings.init_from == "resume":
-        # rank 0 puts a damaged one aside, before the others read
-        ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder, is_fsdp)))
-        saved = saved or checkpoint.load_newest(folder, is_fsdp)
-        saved["settings"] = asdict(TrainConfig()) | saved["settings"]  # it can lack new ones
-        with checkpoint.fitting(folder):
-            checkpoint.check_same_run(saved, asdict(settings), dataset)
+    saved = load_saved(settings, ranks, dataset) if settings.init_from == "resume" else {}
     dataset.verify(settings.verify_data, is_known=bool(saved))
     hardware.keep_freed_memory()
-    with checkpoint.fitting(folder) if saved else contextlib.nullcontext():
+    with checkpoint.fitting(Path(settings.out_dir)) if saved else contextlib.nullcontext():
         model = build_model(settings, dataset, saved)
         if settings.parallel == "ddp":
             model.to(ranks.device)
         settings = resolve_auto(settings, ranks, model, saved)
         forward = parallelize(model, settings, ranks)  # before the optimizers: may replace weights
         run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
-        if not (saved or settings.fine_tunes):
-            model.init_weights(settings.seed, parallel.copy_values)
         if saved:
-            saved = parallel.shard_state(saved, model) if is_fsdp else saved
-            model.load_state_dict(saved["model"])
-            checkpoint.restore_optimizers(run.optimizers, saved)
-            if saved.get("scaler") and run.scaler.is_enabled():
-                run.scaler.load_state_dict(saved["scaler"])
-            run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
-            run.val_loss, run.val_step = saved["val_loss"], saved["val_step"]
-            if saved["settings"]["eval_tokens"] != settings.eval_tokens:
-                run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
+            restore(run, saved)
+        elif not settings.fine_tunes:
+            model.init_weights(settings.seed, parallel.copy_values)
         if settings.parallel == "deepspeed":
             parallel.start_deepspeed(run)
     ranks.keep(run)
     return run
 
 
-def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict):
+def load_saved(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> dict:
+    """The newest checkpoint of the run to continue; rank 0 first puts a damaged one aside."""
+    saved, folder, is_fsdp = {}, Path(settings.out_dir), settings.parallel == "fsdp"
+    ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder, is_fsdp)))
+    saved = saved or checkpoint.load_newest(folder, is_fsdp)
+    saved["settings"] = asdict(TrainConfig()) | saved["settings"]  # it can lack new ones
+    with checkpoint.fitting(folder):
+        checkpoint.check_same_run(saved, asdict(settings), dataset)
+    return saved
+
+
+def restore(run: Run, saved: dict):
+    """Bring a run to where its checkpoint left it, used in `checkpoint.fitting`."""
+    if run.settings.parallel == "fsdp":
+        saved = parallel.shard_state(saved, run.model)
+    run.model.load_state_dict(saved["model"])
+    checkpoint.restore_optimizers(run.optimizers, saved)
+    if saved.get("scaler") and run.scaler.is_enabled():
+        run.scaler.load_state_dict(saved["scaler"])
+    run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
+    run.val_loss, run.val_step = saved["val_loss"], saved["val_step"]
+    if saved["settings"]["eval_tokens"] != run.settings.eval_tokens:
+        run.best_val_loss, run.val_step = math.inf, -1  # of another validation text
+
+
+def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict) -> TrainConfig:
     """Replace `auto` and 0 by the checkpoint's values on such a device, or by this machine's."""
-    device, dtype, compiled = ranks.device.type, settings.dtype, settings.compile
+    device, dtype, mode = ranks.device.type, settings.dtype, settings.compile
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     if dtype == "auto":
         dtype = before.get("dtype") or hardware.best_training_dtype(ranks.device)
     hardware.check_dtype(dtype, ranks.device, settings.block_size)  # it can be a checkpoint's
     hardware.set_dtype(model, dtype, ranks.device)
-    if compiled == "auto":
+    if mode == "auto":
         tokens = settings.max_steps * settings.batch_tokens / ranks.world_size
         flops = model.flops_per_token(settings.block_size) * tokens
-        compiled = before.get("compile", "on").replace("on", "")  # 0.2 knew on and off
-        compiled = compiled or hardware.choose_compile(ranks.device, dtype, flops)
-        compiled = "blocks" if compiled == "model" and settings.parallel != "ddp" else compiled
+        mode = before.get("compile", "on").replace("on", "")  # 0.1 knew on and off
+        mode = mode or hardware.choose_compile(ranks.device, dtype, flops)
+        mode = "blocks" if mode == "model" and settings.parallel != "ddp" else mode
     size = settings.micro_batch_size
     now = [dtype, settings.activation_checkpointing, ranks.world_size]
     was = [before.get("dtype"), before.get("activation_checkpointing"), saved.get("world_size")]
-    if now == was:
-        size = size or before["micro_batch_size"]
+    if not size and now == was:
+        size = before["micro_batch_size"]
     if not size:
         share = settings.step_sequences // ranks.world_size
         size = ranks.min(hardware.fitting_micro_batch_size(model, share, settings.block_size))
     if not size:
         raise Failure(f"not one sequence fits; {hardware.less_memory(asdict(settings))}")
-    changes = dict(device=device, dtype=dtype, compile=compiled, micro_batch_size=size)
-    settings = replace(settings, **changes)
-    settings.check()  # whatever a checkpoint says
+    settings = replace(settings, device=device, dtype=dtype, compile=mode, micro_batch_size=size)
+    settings.check()  # whatever was found, and whatever a checkpoint says
     return settings
 
 
@@ -353,10 +358,9 @@ def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Mod
     if settings.parallel != "ddp" or ranks.world_size == 1:
         return model
     options = dict(gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
-    known = inspect.signature(DistributedDataParallel).parameters
-    old, new = "broadcast_buffers", "forward_sync_buffers"  # one option, renamed in torch 2.13
-    options[new if new in known else old] = False
-    return DistributedDataParallel(model, **options)
+    forward = DistributedDataParallel(model, **options)
+    forward.broadcast_buffers = False  # an option, but under another name from torch 2.13 on
+    return forward
 
 
 def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
@@ -410,11 +414,11 @@ def train(run: Run) -> bool:
                     validate_and_log(run)
             stop = ranks.any(run.must_stop())
             is_due = step > first_step and step % settings.checkpoint_interval == 0
-            if is_due or stop or is_last:
-                with meter.paused():
+            with meter.paused():
+                if is_due or stop or is_last:
                     save_latest(run)
-            if run.is_best:
-                parallel.save(forward, run.writer, "best.pt", run_state(run), time.monotonic())
+                if run.is_best:
+                    parallel.save(forward, run.writer, "best.pt", run_state(run), time.monotonic())
             run.is_best = False
             if stop or is_last:
                 finish_saving(run)
@@ -513,13 +517,13 @@ def stop_if_not_finite(run: Run):
     """After a step that was not finite, save the state before it and raise Failure."""
     if not run.found_inf:  # waits for the device
         return
-    ranks, run.step, run.found_inf = run.ranks, int(run.bad_step), 0.0
+    run.step, run.found_inf = int(run.bad_step), 0.0  # 0: saving must not come back here
     save_latest(run)
     finish_saving(run)
+    ranks, count = run.ranks, run.settings.step_sequences
     bad_rank = ranks.min(ranks.rank if run.is_bad_here else ranks.world_size)
     what = f"the loss of rank {bad_rank}" if bad_rank < ranks.world_size else "the gradient"
-    first, count = run.step * run.settings.step_sequences, run.settings.step_sequences
-    windows = f"windows at positions {first} to {first + count - 1}"
+    windows = f"windows at positions {run.step * count} to {(run.step + 1) * count - 1}"
     hint = "latest.pt is from before it. Try a lower --learning_rate or more --warmup_steps"
     raise Failure(f"step {run.step + 1}: {what} is not finite ({windows}).\n{hint}", NOT_FINITE)
 
@@ -538,19 +542,18 @@ def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Te
 
 def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     """AdamW (Loshchilov & Hutter 2019), and Muon for the blocks' matrices if asked for."""
-    weight_decay, betas = settings.weight_decay, (settings.beta1, settings.beta2)
     matrices = model.matrices() if settings.optimizer == "muon" else []
     taken = {id(weight) for weight, _ in matrices}
     parameters = [p for p in model.parameters() if id(p) not in taken]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
-    if matrices:
-        kind = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
-        optimizers.append(kind(matrices, settings.muon_momentum, weight_decay))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
+    if not matrices:
+        return [adamw]
+    kind = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
+    return [adamw, kind(matrices, settings.muon_momentum, settings.weight_decay)]
 
 
 def set_learning_rates(run: Run, step: int):
@@ -610,7 +613,6 @@ def validate(run: Run, windows: Windows) -> float | None:
     run.model.train(is_compiled and not settings.dropout)  # without dropout both modes are the same
     for first in range(ranks.rank * size, count + ranks.rank * size, size * ranks.world_size):
         if ranks.any(run.must_stop()):
-            run.model.train()
             return None
         indices = chosen[first : first + size]
         rows = np.resize(indices, size)  # the last batch is filled up: no shape to compile anew

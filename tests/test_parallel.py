@@ -6,13 +6,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, ROOT, refused, run, run_inside, tiny_arguments, tiny_run
+from conftest import KINDS, ROOT, make_model, refused, run, run_inside, tiny_arguments, tiny_run
 from test_distributed import losses, run_patched
 
 import checkpoint
 import config
+import hardware
 import parallel
 import train
+from ranks import Ranks
 
 FSDP = "--parallel=fsdp"
 GPU_RUNS = {  # options that change only rounding
@@ -113,6 +115,7 @@ BAD_OPTIONS = [
     (dict(gradient_clipping=0.5), "gradient_clipping must be 1.0, as the settings have it"),
     (dict(optimizer={"type": "Lamb"}), "optimizer Lamb is not supported"),
     (dict(fp16={"enabled": True}), "fp16 is not supported"),
+    (dict(bf16=True), "bf16 must be objects"),
 ]
 
 
@@ -136,6 +139,13 @@ REFUSED = [
 def test_what_does_not_go_together_is_refused(options, message):
     arguments = ["--micro_batch_size=4", *options]
     refused(message, config.load, train.TrainConfig, arguments)
+
+
+def test_a_dtype_found_on_the_device_is_refused_as_a_chosen_one_is(monkeypatch):
+    monkeypatch.setattr(hardware, "best_training_dtype", lambda _: "float16")  # as on a T4
+    settings = config.load(train.TrainConfig, [FSDP, "--micro_batch_size=4"])
+    arguments = settings, Ranks(0, 2, torch.device("cpu")), make_model(), {}
+    refused("fsdp needs another dtype: float16", train.resolve_auto, *arguments)
 
 
 STOP = ("os.kill(os.getpid(), signal.SIGTERM)", "stopped at step 6; to continue", 6)

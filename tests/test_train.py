@@ -586,6 +586,7 @@ FAILURES = [
     ([RESUME], NO_CHECKPOINT, "there is no checkpoint"),
     (["--dataset=nothing"], 2, "python prepare_data.py nothing"),
     (["--dataset=data/a b"], 2, "make it: python prepare_data.py 'a b' --data_dir="),
+    (["--dataset=/no/where"], 2, "prepare_data.py where --data_dir=/no (with"),
     (["--dataset=unmakeable"], 2, "the dataset unmakeable could not be made"),
     (["--dataset=damaged"], 2, "manifest.json is damaged"),
     (["--block_size=8192", "--batch_tokens=16384"], 2, "one window of 8193 val tokens"),
@@ -611,6 +612,20 @@ def test_what_cannot_run_says_so(data_dir, tmp_path, monkeypatch, options, code,
     assert result.stderr.count("\n") <= 3 and "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "latest.pt").exists()
     assert not (tmp_path / "data" / "stdlib").exists()  # made only once the model is there
+
+
+def test_a_dataset_whose_making_was_killed_is_a_failure(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "run", lambda _: SimpleNamespace(returncode=-9))
+    result = tiny_run(data_dir, tmp_path / "run", "--dataset=stdlib")
+    assert (result.returncode, "stdlib could not be made" in result.stderr) == (9, True)
+
+
+def test_checkpoints_do_not_count_for_the_speed(data_dir, tmp_path, monkeypatch):
+    save = train.parallel.save
+    monkeypatch.setattr(train.parallel, "save", lambda *state: time.sleep(0.3) or save(*state))
+    assert tiny_run(data_dir, tmp_path, "--max_steps=6").returncode == 0
+    assert (tmp_path / "best.pt").exists()
+    assert all(speed > 256 / 0.3 for (speed,) in metrics(tmp_path, "tokens_per_second"))
 
 
 @pytest.mark.parametrize("log_interval", [1, 12])
