@@ -102,9 +102,9 @@ def load_newest(folder: Path, mmap: bool = False) -> dict:
         except Failure as failure:
             damaged.append((path, failure))
             continue
-        for path, failure in damaged:
-            aside = path.with_name(f"{path.name}.damaged.{secrets.token_hex(4)}")
-            path.rename(aside)
+        for bad, failure in damaged:
+            aside = bad.with_name(f"{bad.name}.damaged.{secrets.token_hex(4)}")
+            bad.rename(aside)
             hint = f"it is {aside.name} now, and the run continues from step {state['step']}"
             print(f"warning: {failure}; {hint}", file=sys.stderr, flush=True)
         return state

@@ -342,16 +342,16 @@ def repeated_share(page: Page, n: int) -> float:
 
 
 # FineWeb
-MIN_PUNCTUATED_LINES = 0.12  # share of lines that end with one of LINE_ENDINGS
+MIN_PUNCTUATED_LINES = 0.12  # share of lines that end with one of LINE_PUNCTUATION
 MAX_SHORT_LINES, SHORT_LINE = 0.67, 30  # share of lines of that many characters or fewer
 MAX_REPEATED_LINE_CHARACTERS = 0.01  # share of the characters; the paper has 0.1
-MAX_LINE_BREAKS = 0.3  # per word, where marks beside a word are another; in datatrove only
+MAX_LINE_BREAKS = 0.3  # per word or run of punctuation; in datatrove, not in the paper
 WORD_OR_MARKS = re.compile(r"\w+|[^\w\s]+")
-LINE_ENDINGS = (".", "!", "?", "。", "！", "？")
+LINE_PUNCTUATION = (".", "!", "?", "。", "！", "？")
 
 
 def unpunctuated_lines(page: Page) -> bool:
-    count = sum(line.endswith(LINE_ENDINGS) for line in page.lines)
+    count = sum(line.endswith(LINE_PUNCTUATION) for line in page.lines)
     return count < MIN_PUNCTUATED_LINES * len(page.lines)
 
 
@@ -367,7 +367,7 @@ def repeated_line_characters(page: Page) -> bool:
 
 def line_breaks(page: Page) -> bool:
     breaks = page.text.count("\n")
-    if breaks <= MAX_LINE_BREAKS * page.words:  # most pages: they have more words and marks still
+    if breaks <= MAX_LINE_BREAKS * page.words:  # most pages; the finer count below is never lower
         return False
     return breaks > MAX_LINE_BREAKS * len(WORD_OR_MARKS.findall(page.text))
 

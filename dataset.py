@@ -293,11 +293,11 @@ class ShardWriter(contextlib.AbstractContextManager):
         while len(tokens):
             if not self.file:
                 self.start_shard()
-            room = self.shard_tokens - self.count
-            self.file.write(tokens[:room].astype(self.dtype).tobytes())
-            self.count += len(tokens[:room])
-            self.largest_id = max(self.largest_id, int(tokens[:room].max()))
-            tokens = tokens[room:]
+            part = tokens[: self.shard_tokens - self.count]
+            self.file.write(part.astype(self.dtype).tobytes())
+            self.count += len(part)
+            self.largest_id = max(self.largest_id, int(part.max()))
+            tokens = tokens[len(part) :]
             if self.count == self.shard_tokens:
                 self.finish_shard()
 
@@ -357,4 +357,4 @@ def read_tokenizer(folder: Path, record: dict) -> Tokenizer:
     content = read_file(path)
     if hashlib.sha256(content).hexdigest() != record["sha256"]:
         raise Failure(f"{path} is not the one in manifest.json; prepare the dataset again")
-    return Tokenizer.from_record(record, content.decode())
+    return Tokenizer.from_record(record, content.decode(errors="replace"))

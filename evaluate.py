@@ -156,7 +156,7 @@ def read_documents(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, np.nd
         print(f"skipped: {reader.tally}", file=sys.stderr)
 
 
-def dataset_documents(folder: Path, split: str, tokenizer: Tokenizer):
+def dataset_documents(folder: Path, split: str, tokenizer: Tokenizer) -> Iterator:
     """As read_documents, from the shards of a split. Raises Failure."""
     if split not in SPLITS:
         raise Failure(f"text {folder}:{split}: a split is one of {', '.join(SPLITS)}")

@@ -11,12 +11,13 @@ import torch
 
 from config import FULL, Failure
 
-# Dense bfloat16 products with sums in fp32, by the vendor's datasheets and white papers (T4, V100:
-# float16, they have no bfloat16). The first that is a whole word of the device's name counts.
+# Dense bfloat16 products (NO_BFLOAT16: float16) with sums in fp32, by the vendor's datasheets and
+# white papers. The first that is a whole word of the device's name counts.
 PEAK_TFLOPS = {"B200": 2250, "H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756}
 PEAK_TFLOPS |= {"H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "T4": 65}
 PEAK_TFLOPS |= {"V100-SXM2": 125, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
 TWICE_IN_FLOAT8 = "B200 H200 H100 L40S L4"  # GeForce's rate depends on how products are summed
+NO_BFLOAT16 = r"\b(T4|V100)\b"
 SLOWER_KINDS = r"Laptop|Max-Q|MIG|-\d+[QC]"  # half the card's name, or a part of a card
 
 
@@ -143,8 +144,7 @@ def fitting_micro_batch_size(model, sequences: int, block_size: int) -> int:
 def micro_batch_sizes(sequences: int, block_size: int, is_gpu: bool) -> list[int]:
     """The divisors of a rank's sequences in a step that are worth trying, the largest first.
 
-    On a GPU of 65,536 tokens at most. A CPU is fastest when it works within its caches: about 1,024
-    tokens.
+    A GPU gets at most 65,536 tokens. A CPU is fastest within its caches: at about 1,024 tokens.
     """
     max_size = min(sequences, max(1, (65536 if is_gpu else 1024) // block_size))
     return [size for size in range(max_size, 0, -1) if sequences % size == 0] or [1]

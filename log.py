@@ -73,7 +73,7 @@ def claimed_folder(folder: Path, init_from: str, overwrite: bool):
 
 
 def start_log(run):
-    """Remove what an earlier run left, all or what a resumed run makes again; open the backend."""
+    """Remove an earlier run's files, or the lines that a resumed run makes again; open log_to."""
     if run.settings.init_from == "resume":
         cut_metrics(run.folder, run.step, run.val_step)
     else:

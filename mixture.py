@@ -80,7 +80,7 @@ def parse_mixture(text: str) -> dict[str, int]:
         return {text: 1}
     shares = {}
     for part in text.split(","):
-        name, _, weight = part.rpartition(":")
+        name, _, weight = part.strip().rpartition(":")
         is_number = re.fullmatch(r"\d{1,9}(\.\d{1,9})?", weight) and Fraction(weight) > 0
         if not name or not is_number:
             raise ValueError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import hardware
-from config import RANK
+from config import RANK, Failure
 from dataset import find_folder, read_manifest
 from mixture import parse_mixture
 from model import GPT, MAX_LOGITS, GPTConfig, ModelShape
@@ -28,11 +28,11 @@ KEPT |= {("qwen3", True): (2, 3, 3), ("qwen3", False): (5, 6, 4)}
 
 
 def print_plan(settings: dict):
-    """Print the plan, on rank 0. Raises Failure where the dataset's manifest is damaged."""
+    """Print the plan, on rank 0. Raises Failure."""
     weights = parse_mixture(settings["dataset"])
     folders = [find_folder(name, settings["data_dir"]) for name in weights]
     manifests = [read_manifest(f) if (f / "manifest.json").exists() else {} for f in folders]
-    vocab_size = manifests[0].get("tokenizer", {}).get("vocab_size", 50257)
+    vocab_size = next(filter(None, manifests), {}).get("tokenizer", {}).get("vocab_size", 50257)
     shape = {name: settings[name] for name in ModelShape.__dataclass_fields__}
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
@@ -42,12 +42,11 @@ def print_plan(settings: dict):
     flops = model.flops_per_token(settings["block_size"])
     sizes = f"{size(model) / 1e6:,.1f}M parameters, {size(model.h) / 1e6:,.1f}M of them in blocks"
     shares = [tokens * weight / sum(weights.values()) for weight in weights.values()]
-    data = [data_lines(*dataset) for dataset in zip(manifests, folders, shares)]
     lines = [
-        f"model: {sizes}, vocabulary of {vocab_size:,}{'' if manifests[0] else ' (assumed)'}",
+        f"model: {sizes}, vocabulary of {vocab_size:,}{'' if any(manifests) else ' (assumed)'}",
         f"training: {settings['max_steps']:,} steps of {settings['batch_tokens']:,} tokens, "
         f"{tokens:.3g} in all; {flops / 1e6:,.0f} MFLOP per token, {flops * tokens:.3g} FLOP",
-        *sum(data, []),
+        *map(data_text, manifests, folders, shares),
         *memory_lines(model, settings, count, card, card_bytes),
         time_line(settings, count, card, flops * tokens),
         *rule_lines(model, settings, tokens),
@@ -61,21 +60,25 @@ def size(module: torch.nn.Module) -> int:
 
 
 def find_gpus(text: str) -> tuple[int, str, float]:
-    """The number, name ("" = CPU) and bytes of the GPUs of `8 x H100 80GB`, or this machine's."""
+    """The number, name ("" = CPU) and bytes of plan_gpus, or of this machine's. Raises Failure."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if not text and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         return ranks, card.name, card.total_memory
-    number, card = re.fullmatch(r"(?:(\d+) *x *)?(.*)", text).groups()
+    if not (found := re.fullmatch(r"(?:([1-9]\d*) *x *)?(\D.*|)", text.strip())):
+        raise Failure(f'plan_gpus {text!r} is not like "8 x H100 80GB"')
+    number, card = found.groups()
     gigabytes = re.search(r"(\d+) ?GB", card)
     return int(number or ranks), card, int(gigabytes[1]) * GIB if gigabytes else math.inf
 
 
 def resolve_auto(model: GPT, settings: dict, count: int, card: str, card_bytes: float) -> dict:
     """The settings with `auto` and 0 as a run on that hardware would have them."""
-    dtype = settings["dtype"].replace("auto", "bfloat16" if card else "float32")
-    compiled = settings["compile"].replace("auto", "model") if card else "off"
-    settings = settings | dict(dtype=dtype, compile=compiled)
+    best = "float16" if re.search(hardware.NO_BFLOAT16, card) else "bfloat16"
+    best = best if card else hardware.best_training_dtype(torch.device("cpu"))
+    whole = "model" if settings["parallel"] == "ddp" else "blocks"
+    auto = dict(dtype=best, compile=whole if card else "off")
+    settings = settings | {name: value for name, value in auto.items() if settings[name] == "auto"}
     if not settings["micro_batch_size"]:
         T = settings["block_size"]
         for B in hardware.micro_batch_sizes(settings["batch_tokens"] // T // count, T, card != ""):
@@ -85,15 +88,13 @@ def resolve_auto(model: GPT, settings: dict, count: int, card: str, card_bytes: 
     return settings
 
 
-def data_lines(manifest: dict, folder: Path, tokens: float) -> list[str]:
+def data_text(manifest: dict, folder: Path, tokens: float) -> str:
     if not manifest:
-        return [f"data: {folder} has no manifest.json, so its size is not known"]
+        return f"data: {folder} has no manifest.json, so its size is not known"
     available = manifest["splits"]["train"]["tokens"]
-    lines = [f"data: {tokens / available:.2f} epochs of {available:,} training tokens in {folder}"]
-    if tokens > 4 * available:
-        reason = "from the fifth epoch on text is worth less than new text"
-        lines.append(f"warning: {reason} (Muennighoff et al. 2023)")
-    return lines
+    text = f"data: {tokens / available:.2f} epochs of {available:,} training tokens in {folder}"
+    reason = "from the fifth epoch on text is worth less than new text (Muennighoff et al. 2023)"
+    return f"{text}\nwarning: {reason}" if tokens > 4 * available else text
 
 
 def memory_lines(model: GPT, settings: dict, count: int, card: str, card_bytes: float) -> list[str]:
@@ -118,10 +119,7 @@ def memory_lines(model: GPT, settings: dict, count: int, card: str, card_bytes: 
 
 
 def memory(model: GPT, settings: dict, count: int) -> dict[str, float]:
-    """Bytes per device by what they are for; but the last they are exact, in fp32.
-
-    With fsdp each device has its share of them, with deepspeed as of ZeRO 3, without its copies.
-    """
+    """Bytes per device by what they are for. deepspeed: as of ZeRO 3, without its copies."""
     share = 1 if settings["parallel"] == "ddp" else count
     by_muon = sum(w.numel() for w, _ in model.matrices()) * (settings["optimizer"] == "muon")
     parts = {"weights": 4 * size(model), "gradients": 4 * size(model)}
@@ -140,9 +138,11 @@ def activation_bytes(model: GPT, settings: dict) -> float:
     shape, tokens = model.config, settings["block_size"] * settings["micro_batch_size"]
     x, compiled = shape.n_embd, settings["compile"] != "off"
     of_norm, of_heads, of_wide = KEPT[shape.arch, compiled]
+    block, attention_weights, head = size(model.h[0]), size(model.h[0].attn), model.lm_head.weight
+    if compiled and settings["dtype"] == "float8":  # the products' operands are made again
+        of_norm, of_wide, block, attention_weights = of_norm - 1, of_wide - 1, 0, 0
     attention = of_norm * x + of_heads * (shape.n_head + shape.kv_heads) * shape.head_width
     mlp = of_norm * x + of_wide * shape.mlp_width
-    block, attention_weights, head = size(model.h[0]), size(model.h[0].attn), model.lm_head.weight
     (values, weights), (once, weights_once) = {  # of each layer, and of one layer at a time
         "off": ((attention + mlp, block), (0, 0)),
         "selective": ((attention + x, attention_weights), (mlp, block)),

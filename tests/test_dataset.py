@@ -146,6 +146,14 @@ def test_a_damaged_dataset_is_refused(tiny, name, content, message):
     refused(message, Dataset, tiny, 16)
 
 
+def test_a_manifests_tokenizer_that_is_no_text_is_refused(tiny):
+    content, manifest = b"\xff 0\n", read_manifest(tiny)
+    (tiny / "tokenizer.tiktoken").write_bytes(content)
+    manifest["tokenizer"]["sha256"] = hashlib.sha256(content).hexdigest()
+    write(tiny / "manifest.json", json.dumps(manifest))
+    refused("not a .tiktoken file", Dataset, tiny, 16)
+
+
 def test_every_entry_of_a_manifest_is_checked(tiny):
     manifest = read_manifest(tiny)
     for name in ("made_from", "tokenizer", "splits", "documents", "bytes"):

@@ -90,6 +90,7 @@ def test_weights_are_part_of_a_mixtures_fingerprint_and_one_tokenizer_is_needed(
         ("a", {"a": 1}),
         ("a,b", {"a,b": 1}),
         ("a:0.7,b:0.3", {"a": 7, "b": 3}),
+        ("a:7, b:3", {"a": 7, "b": 3}),
         ("x/a:2,b:2.50", {"x/a": 4, "b": 5}),
         ("a:0.333,b:0.667", {"a": 333, "b": 667}),
         ("a:5", {"a": 1}),

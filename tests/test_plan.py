@@ -4,8 +4,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import QWEN3, make_model, random_tokens, run_inside, tiny_arguments
+from conftest import QWEN3, make_model, random_tokens, refused, run_inside, tiny_arguments
 
+import hardware
 import plan
 import train
 from model import GPT, GPTConfig
@@ -27,22 +28,28 @@ def kept_bytes(model: GPT, tokens: torch.Tensor) -> int:
     return sum(x.untyped_storage().nbytes() for key, x in storages.items() if key not in own)
 
 
-@pytest.mark.parametrize("compiled", ["off", pytest.param("model", marks=pytest.mark.slow)])
+SLOW = [pytest.param("model", dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float8")]
+
+
+@pytest.mark.parametrize("compiled, dtype", [("off", "bfloat16"), *SLOW])
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("shape", [{}, QWEN3 | dict(head_size=32)], ids=["gpt2", "qwen3"])
-def test_activations_grow_by_layer_as_estimated(shape, recompute, compiled):
+def test_activations_grow_by_layer_as_estimated(shape, recompute, compiled, dtype):
+    if dtype == "float8":
+        pytest.importorskip("torchao")
     found, estimated = [], []
     for n_layer in (2, 6):
         sizes = dict(n_layer=n_layer, n_embd=128, n_head=4, block_size=512)
         model = make_model(**shape | sizes | dict(intermediate_size=352 if shape else 0))
-        model.dtype, model.activation_checkpointing = torch.bfloat16, recompute
+        hardware.set_dtype(model, dtype, torch.device("cpu"))
+        model.activation_checkpointing = recompute
         if compiled == "model":
             torch._dynamo.reset()
             model.compile()
-        settings = CHOSEN | dict(compile=compiled, activation_checkpointing=recompute)
+        settings = CHOSEN | dict(compile=compiled, activation_checkpointing=recompute, dtype=dtype)
         estimated.append(plan.activation_bytes(model, settings))
         found.append(kept_bytes(model, random_tokens(2, 512)))
-    assert estimated[1] - estimated[0] == pytest.approx(found[1] - found[0], rel=0.15)
+    assert estimated[1] - estimated[0] == pytest.approx(found[1] - found[0], rel=0.16)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -80,10 +87,33 @@ def test_a_plan_makes_nothing_and_warns(data_dir, tmp_path):
     assert "a multiple of block_size x micro_batch_size x 3 = 192" in result.stdout
     assert "A100 40GB has 40.00 GiB; --micro_batch_size=1 or --act" in result.stdout
     assert "hours at 40% of 936 TFLOP/s" in result.stdout and "(assumed)" in result.stdout
-    printed = planned([*arguments, "--dataset=tiny:3,nothing:1"]).stdout
-    assert "epochs of" in printed and "nothing has no manifest.json" in printed
+    for mixture in ("tiny:3,nothing:1", "nothing:1,tiny:3"):
+        printed = planned([*arguments, f"--dataset={mixture}"]).stdout
+        assert "epochs of" in printed and "nothing has no manifest.json" in printed
+        assert "vocabulary of 257\n" in printed
     result = planned(["--init_from=gpt2"])
     assert result.returncode == 2 and "gpt2 has its own shape" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "card, parallel, chosen",
+    [
+        ("", "ddp", "CPU; bfloat16, compile off"),  # one with units for it
+        ("2 x A100 40GB", "ddp", "2 A100 40GB; bfloat16, compile model"),
+        ("V100-SXM2 32GB", "ddp", "1 V100-SXM2 32GB; float16, compile model"),
+        ("2 x H100 80GB", "fsdp", "2 H100 80GB; bfloat16, compile blocks"),
+    ],
+)
+def test_a_plan_chooses_what_a_run_would(monkeypatch, card, parallel, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = [f"--plan_gpus={card}", f"--parallel={parallel}", "--micro_batch_size=1"]
+    assert chosen in planned([*options, "--dataset=nothing"]).stdout
+
+
+@pytest.mark.parametrize("text", ["0 x H100 80GB", "8", "H100\n80GB"])
+def test_what_are_no_gpus_is_refused(text):
+    refused("is not like", plan.find_gpus, text)
 
 
 def test_rules_at_sizes_that_their_papers_name():
