@@ -48,8 +48,9 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict):
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with atomic_file(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+        file.write(text.encode(errors="backslashreplace"))  # in JSON, too, what a file name can be
 
 
 def check_version(path: Path, content: dict, newest: int, code: int = BAD_INPUT):

@@ -72,8 +72,8 @@ class PrepareConfig:
 
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
-        is_plain = Path(self.name).name == self.name and not self.name.startswith(".")
-        if not self.name or not is_plain or self.name == "downloads":
+        is_plain = Path(self.name).name == self.name and self.name.isprintable()
+        if not is_plain or self.name.startswith(".") or self.name in ("", "downloads"):
             example = "give the dataset a plain name, as in: python prepare_data.py stdlib"
             raise ValueError(f"name {self.name!r}: {example}")
         has_own = bool(self.source or self.merge)
@@ -97,6 +97,8 @@ class PrepareConfig:
         config.check_choices(self, split_pattern=" ".join(PATTERNS), special_tokens="text keep")
         config.check_choices(self, clean="none basic web", dedupe="none exact near")
         config.check_bounds(self, 0, "processes")
+        config.check_bounds(self, 0, "val_fraction", below=1)
+        config.check_bounds(self, 1, "shard_tokens", below=2**31)
         separator = self.separator.replace("\\n", "\n")
         if separator.isspace() and separator != "\n\n":
             hint = r"\n\n is a blank line; with --format=lines each line is a document"
@@ -106,16 +108,11 @@ class PrepareConfig:
         except (LookupError, ValueError):
             hint = "is not known to Python; examples are cp1252, gb18030, shift_jis and utf-16"
             raise ValueError(f"encoding {self.encoding!r} {hint}") from None
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction {self.val_fraction} must be at least 0 and below 1")
         if not 0 < self.near_threshold <= 1:
             raise ValueError(f"near_threshold {self.near_threshold} must be above 0 and at most 1")
-        if not 1 <= self.shard_tokens < 2**31:
-            raise ValueError(f"shard_tokens {self.shard_tokens} must be from 1 to {2**31 - 1}")
         rules = [*RULES, *LINE_RULES]
-        for name in filter(None, self.web_off.split(",")):
-            if name not in rules:
-                raise ValueError(f"web_off: {name} is not one of {', '.join(rules)}")
+        if unknown := set(self.web_off.split(",")) - {"", *rules}:
+            raise ValueError(f"web_off: {min(unknown)} is not one of {', '.join(rules)}")
         if self.tokenizer:
             bpe_size(self.tokenizer)  # raises for a name without meaning
 
@@ -245,12 +242,10 @@ def deciding_settings(settings: PrepareConfig) -> dict:
 def build(settings: PrepareConfig, work: Path) -> dict:
     """Turn the text that the settings name into a dataset in work/dataset; return its manifest."""
     contamination = collect_contamination(settings, work)
-    # open the user's files first: a wrong path fails before a download
-    reader = make_reader(settings, settings.source) if settings.source else None
     tokenizer = None
     if not bpe_size(settings.tokenizer):
         tokenizer = load_tokenizer(settings.tokenizer, settings.split_pattern, settings.downloads)
-    reader = reader or make_reader(settings, download_named(settings))
+    reader = make_reader(settings, settings.source or download_named(settings))
     with Workers(settings.processes) as workers:
         corpus = collect(settings, reader, contamination, workers, work)
         kept = deduplicate(settings, corpus)
@@ -402,8 +397,7 @@ def new_tokenizer(settings: PrepareConfig, corpus: Corpus, spans: np.ndarray) ->
     print(f"training a tokenizer of {vocab_size:,} entries on {len(counts):,} pieces", flush=True)
     tokens = train_bpe(counts, vocab_size)
     if len(tokens) + 1 < vocab_size:
-        reached = f"{len(tokens) + 1:,} entries, not {vocab_size:,}"
-        print(f"the tokenizer has only {reached}: no pair of tokens is left to merge", flush=True)
+        print(f"it has only {len(tokens) + 1:,}: no pair of tokens is left to merge", flush=True)
     return Tokenizer.from_tokens(tokens, settings.tokenizer, pattern)
 
 

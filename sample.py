@@ -73,9 +73,8 @@ class SampleConfig:
         config.check_bounds(self, 1e-9, "top_p repetition_penalty", below=1e9)
         if max(self.top_p, self.min_p) > 1:
             raise ValueError(f"top_p is {self.top_p}, min_p {self.min_p}: both must be at most 1")
-        config.check_choices(
-            self, device="auto cpu cuda mps", dtype="auto float32 bfloat16 float16"
-        )
+        config.check_choices(self, device="auto cpu cuda mps")
+        config.check_choices(self, dtype="auto float32 bfloat16 float16")
         names = ["prompt", "prompts", "interactive", "export_hf"]
         given = [name for name in names if getattr(self, name)]
         if len(given) > 1:
@@ -307,9 +306,7 @@ class Batch:
         self.noise = torch.from_numpy(noise).to(device)  # (B, new tokens), as the next two
         self.logprobs = torch.zeros_like(self.noise)
         self.tokens = torch.zeros_like(self.noise, dtype=torch.long)
-        self.newest = torch.zeros_like(
-            self.tokens[:, :1]
-        )  # each row's newest token, not in the cache
+        self.newest = torch.zeros_like(self.tokens[:, :1])  # each row's, not in the cache
         self.column = torch.zeros_like(self.tokens[0, :1])  # the column that the next step computes
         B, new = noise.shape
         self.is_in_text = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)

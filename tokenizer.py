@@ -14,7 +14,6 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -69,8 +68,8 @@ class Tokenizer:
         if count > 1:
             raise Failure(f"{self.name}: {count} tokens have the id {number}")
         self.vocab_size = max(numbers) + 1
-        self.bytes_of = {number: token.encode() for token, number in self.special_ids.items()}
-        self.bytes_of |= {number: token for token, number in self.ids.items()}
+        self.bytes_of = {n: name.encode(errors="replace") for name, n in self.special_ids.items()}
+        self.bytes_of |= {n: token for token, n in self.ids.items()}
         self.bytes_of[self.end_of_text] = b""
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self.special_regex = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
@@ -112,13 +111,13 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> np.ndarray:
         """The tokens of `text`, uint32; no characters in it become a special token."""
-        text, parts, start = normalize(text, self.pattern), [], 0
-        encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
-        for begin, end in long_spaces(text, self.pattern):
-            piece = self.encoding._encode_single_piece(text[begin:end].encode())
-            parts += [encode(text[start:begin]), np.array(piece, np.uint32)]
-            start = end
-        return np.concatenate([*parts, encode(text[start:])])
+        text = normalize(text, self.pattern)
+        if not has_long_space(text):
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        # slower, by another regex engine
+        pieces = regex.findall(PATTERNS[self.pattern], text)
+        encode = self.encoding._encode_single_piece
+        return np.array([n for piece in pieces for n in encode(piece.encode())], np.uint32)
 
     def encode_document(self, text: str) -> np.ndarray:
         """The tokens of a document, uint32: end-of-text, then those of its text."""
@@ -162,17 +161,10 @@ def pattern_of(record: dict) -> str:
     return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))
 
 
-def long_spaces(text: str, pattern: str) -> list[tuple[int, int]]:
-    """Begin and end of the pieces of white space that could fail in tiktoken's regex engine.
-
-    Twice STRETCH of white space always holds a whole stretch. Another text is not split here.
-    """
+def has_long_space(text: str) -> bool:
+    """Whether a stretch of the text is white space. Twice STRETCH of it holds a whole stretch."""
     stretches = (text[start : start + STRETCH] for start in range(0, len(text), STRETCH))
-    if not any(stretch.isspace() for stretch in stretches):
-        return []
-    pieces = regex.finditer(PATTERNS[pattern], text)
-    long = [piece.span() for piece in pieces if len(piece[0]) >= STRETCH]
-    return [span for span in long if regex.fullmatch(r"\s+", text, pos=span[0], endpos=span[1])]
+    return any(stretch.isspace() for stretch in stretches)
 
 
 def count_pieces(texts: Iterable[str], pattern: str) -> Counter:

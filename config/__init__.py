@@ -194,10 +194,8 @@ def read_recipe(path: Path, settings_class) -> dict:
                 case _:
                     raise ValueError("a recipe holds only lines of the form name = value")
     except FileNotFoundError:
-        folder = Path(__file__).parent
-        near = difflib.get_close_matches(path.name, os.listdir(folder), 1)
-        hint = f"; did you mean {os.path.relpath(folder / near[0])}?" if near else ""
-        raise Failure(f"{path}: there is no such recipe{hint}") from None
+        recipes = ", ".join(sorted(file.name for file in Path(__file__).parent.glob("[!_]*.py")))
+        raise Failure(f"{path}: there is no such recipe; config/ has {recipes}") from None
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise Failure(f"{path}:{getattr(error, 'lineno', None) or line}: {error}") from None
     return values

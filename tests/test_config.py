@@ -116,13 +116,9 @@ def test_a_bad_argument_is_refused(arguments, message):
     assert message in error and ("mean" in error) == ("mean" in message)
 
 
-@pytest.mark.parametrize("is_elsewhere", [False, True])
-def test_the_hint_for_a_mistyped_recipe_is_a_path_that_works(tmp_path, monkeypatch, is_elsewhere):
-    monkeypatch.chdir(tmp_path if is_elsewhere else ROOT)
-    message, near = error_of(["config/smal.py"]).removesuffix("?").split("; did you mean ")
-    assert message == "config/smal.py: there is no such recipe"
-    assert os.path.samefile(near, ROOT / "config" / "small.py")
-    assert error_of(["x/y.py"]) == "x/y.py: there is no such recipe"
+def test_a_mistyped_recipe_is_answered_with_those_that_exist():
+    names = ", ".join(path.name for path in RECIPES)
+    assert error_of(["x/smal.py"]) == f"x/smal.py: there is no such recipe; config/ has {names}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -178,14 +174,18 @@ BAD_SETTINGS = [
     ("evaluate", "name a text"),
     ("evaluate --text=x --stride=-1", "stride is -1"),
     ("prepare_data ../up", "give the dataset a plain name"),
+    ("prepare_data m\udce9", "give the dataset a plain name"),  # not text, as a manifest is
     ("prepare_data mine", "mine is not one of stdlib"),
     ("prepare_data stdlib --source=.", "a named dataset; give your own text another name"),
     ("prepare_data mine --source=x --merge=a", "source x and merge a: give one of the two"),
     ("prepare_data mine --source=- --decontaminate=-", "cannot both be standard input"),
     ("prepare_data fineweb-10b-gpt2 --tokenizer=gpt2", "tokenizer has no effect"),
-    ("prepare_data stdlib --val_fraction=1", "val_fraction 1.0 must be at least 0 and below 1"),
+    (
+        "prepare_data stdlib --val_fraction=1",
+        "val_fraction is 1.0 and must be at least 0 and below 1",
+    ),
     ("prepare_data stdlib --near_threshold=0", "near_threshold 0.0 must be above 0"),
-    ("prepare_data stdlib --shard_tokens=2147483648", "must be from 1 to 2147483647"),
+    ("prepare_data stdlib --shard_tokens=2147483648", "at least 1 and below 2147483648"),
     ("prepare_data stdlib --web_off=sentences,typo", "web_off: typo is not one of word_count"),
     ("prepare_data stdlib --tokenizer=typo", "tokenizer 'typo' is none of"),
 ]

@@ -98,7 +98,7 @@ def test_a_dataset_with_its_own_tokenizer_is_made_without_torch(tmp_path):
     assert dataset.tokenizer.vocab_size == 270 and dataset.tokenizer.pattern == "gpt4"
     assert "60 of 60 documents" in result.stdout
     assert "python train.py config/small.py --dataset=mine --out_dir=out/mine" in result.stdout
-    result = run(script, "mine", "--source=none", "--data_dir=x", **where)
+    result = run(script, "mine", "--source=none", "--data_dir=x", "--tokenizer=bytes", **where)
     message = "prepare_data.py: --source=none: no such file, or an empty folder\n"
     assert (result.returncode, result.stderr) == (2, message)
 
@@ -257,6 +257,11 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, monkeypatch):
     reasons = {reason.split()[0] for reason in manifest["documents"]["dropped"]}
     assert reasons == {"contaminated", "exact", "near", "web:"}
     assert manifest["lines_dropped"] == {"boilerplate_lines": 78}  # not of the contaminated page
+
+
+def test_a_file_name_that_is_no_text_is_kept(tmp_path):
+    source = write(tmp_path / "caf\udce9.txt", GOOD)
+    assert prepared(tmp_path, source)[0]["made_from"]["source"] == str(source)
 
 
 def test_what_is_missing_or_wrong_leaves_nothing(tmp_path, monkeypatch):
@@ -426,7 +431,7 @@ def test_special_tokens_in_text_are_reported_and_kept_on_request(tmp_path, capsy
     line = "In the text 40 `<|endoftext|>` became plain text; --special_tokens=keep keeps them."
     out, page = capsys.readouterr().out, (tmp_path / "data" / "mine" / "report.md").read_text()
     assert line in out and line in page
-    assert f"has only {manifest['tokenizer']['vocab_size']} entries, not 5,000" in out
+    assert f"it has only {manifest['tokenizer']['vocab_size']}: no pair" in out
     folder = prepare_data.prepare(settings_for(tmp_path, texts, name="kept", special_tokens="keep"))
     dataset = Dataset(folder, 1)
     shards = [split_tokens(dataset, split) for split in ("train", "val")]

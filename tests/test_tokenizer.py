@@ -189,9 +189,13 @@ def test_the_pattern_of_a_file_is_known_or_asked_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.tiktoken")
     for name in ("none.tiktoken", "pipe.tiktoken"):
         refused("there is no file", load, tmp_path / name)
-    damaged = {"tokenizer": mine.record() | {"added_tokens": [1]}}
-    write(tmp_path / "manifest.json", json.dumps(damaged))
-    refused("added_tokens is not an object", load, path)
+    for added in ([1], {"\ud800": 999}):  # half a character, which JSON can name
+        damaged = {"tokenizer": mine.record() | {"added_tokens": added}}
+        write(tmp_path / "manifest.json", json.dumps(damaged))
+        if isinstance(added, list):
+            refused("added_tokens is not an object", load, path)
+        else:
+            assert load(path).decode([999]) == b"?"
     for foreign in ('{"tokenizer": [1]}', '{"tokenizer": {"sha256": 3}}', "{}"):
         write(tmp_path / "manifest.json", foreign)
         refused("choose --split_pattern", load, path)
