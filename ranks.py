@@ -75,11 +75,7 @@ def start_ranks(device: torch.device, timeout_minutes: int, less_memory: str):
     """
     world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
     if device.type == "cuda":
-        needed, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if needed > count:
-            raise Failure(f"{needed} processes for {count} GPUs: lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        device = take_gpu(local_rank)
     if world_size <= 1:
         yield Ranks(0, 1, device)
         return
@@ -99,6 +95,16 @@ def start_ranks(device: torch.device, timeout_minutes: int, less_memory: str):
         dist.destroy_process_group()
     except RuntimeError as error:  # a rank that has ended; the last checkpoint is written
         print(f"rank {rank}, after the training: {error!r:.200}", file=sys.stderr)
+
+
+def take_gpu(local_rank: int) -> torch.device:
+    """The GPU of this process among those of its host. Raises Failure."""
+    needed, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if needed > count:
+        raise Failure(f"{needed} processes for {count} GPUs: lower --nproc_per_node")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def launcher_is_gone() -> bool:
