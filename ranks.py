@@ -74,16 +74,18 @@ def start_ranks(device: torch.device, timeout_minutes: int, less_memory: str):
     timeout_minutes: how long a rank waits for others. less_memory: what to do if memory is full.
     """
     world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_RANK"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+        threading.Thread(target=stop_without_launcher, daemon=True).start()
     if device.type == "cuda":
         device = take_gpu(local_rank)
     if world_size <= 1:
         yield Ranks(0, 1, device)
         return
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(attempt, store)  # torchrun keeps what a failed attempt left in it
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, None, timeout, world_size, rank, store)
     ranks = Ranks(rank, world_size, device)
     ranks.keep(dist.group.WORLD)
@@ -112,6 +114,13 @@ def launcher_is_gone() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
 
 
+def stop_without_launcher():
+    """Ask this process to stop once its launcher is gone: before the loop, that ends it at once."""
+    while not launcher_is_gone():
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def shared_failure(store, less_memory: str):
     """Have all ranks end with the exit code of the first that fails, which alone says why.
@@ -138,15 +147,9 @@ def shared_failure(store, less_memory: str):
 
 
 def end_with_first(store):
-    """End this process if another rank has failed and this one waits for it on its GPU.
-
-    If the launcher is gone, ask this process to stop: before the loop, that ends it at once.
-    """
+    """End this process if another rank has failed and this one waits for it on its GPU."""
     with contextlib.suppress(RuntimeError):  # the launcher is gone
         while not store.check(["failure"]):
             time.sleep(1)
         time.sleep(5)  # in which a rank that does not wait ends by itself
         config.end_process(int(store.get("failure").split()[0]))
-    time.sleep(1)  # a launcher's end takes a moment
-    if launcher_is_gone():
-        os.kill(os.getpid(), signal.SIGTERM)

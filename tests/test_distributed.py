@@ -204,6 +204,28 @@ def test_ranks_whose_launcher_is_killed_while_they_hash_end(data_dir, tmp_path):
     assert [path.name for path in out_dir.iterdir()] == ["lock"]
 
 
+WAITING = """
+import ranks, torch
+print("waits for the other ranks", flush=True)
+with ranks.start_ranks(torch.device("cpu"), 10, ""):
+    pass
+"""
+
+
+def test_a_rank_that_waits_for_others_ends_with_its_launcher():
+    """It is the launcher's child, and shares its standard output, which ends with the last one."""
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    variables = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    environment = os.environ | ONE_THREAD | variables | {"RANK": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", launcher, WAITING]
+    options = dict(cwd=ROOT, env=environment, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+        assert "waits" in process.stdout.readline()
+        time.sleep(1)
+        process.kill()
+        process.communicate(timeout=10)
+
+
 def wait_until(is_true, seconds=60):
     deadline = time.monotonic() + seconds
     while not is_true():
@@ -218,7 +240,7 @@ def test_an_error_as_ranks_part_is_only_printed(monkeypatch, capsys):
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda _, **options: iter([(dist.HashStore(), 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: None)
     monkeypatch.setattr(dist, "barrier", barrier)
     with ranks.start_ranks(torch.device("cpu"), 10, ""):
