@@ -149,16 +149,19 @@ def orthogonalize_rows(rows: torch.Tensor, shape, count: int) -> torch.Tensor:
     ranks, (number, own, _) = dist.get_world_size(), rows.shape
     height = math.ceil(shape[0] / ranks)  # r; the last ranks can have fewer rows
     padded = F.pad(rows, (0, 0, 0, height - own, 0, -number % ranks))
-    sent = padded.unflatten(0, (-1, ranks)).transpose(0, 1).contiguous()  # (ranks, n, r, C)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
+    received = exchange(padded.unflatten(0, (-1, ranks)).transpose(0, 1))  # (ranks, n, r, C)
     whole = received.transpose(0, 1).flatten(1, 2)[:, : shape[0]]  # (n, R, C)
     whole = orthogonalize(whole.reshape(-1, shape[0] // count, shape[1])).view(whole.shape)
     padded = F.pad(whole, (0, 0, 0, height * ranks - shape[0]))
-    sent = padded.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()  # (ranks, n, r, C)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
+    received = exchange(padded.unflatten(1, (ranks, -1)).transpose(0, 1))  # (ranks, n, r, C)
     return received.transpose(0, 1).flatten(0, 1)[:number, :own]
+
+
+def exchange(parts: torch.Tensor) -> torch.Tensor:
+    """Send parts[i] to rank i; return what each rank sent to this one, in the ranks' order."""
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous())
+    return received
 
 
 # DeepSpeed

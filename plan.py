@@ -158,7 +158,7 @@ def activation_bytes(model: GPT, settings: dict) -> float:
 def time_line(settings: dict, count: int, card: str, flops: float) -> str:
     peak = count * hardware.named_peak_flops(card, settings["dtype"])
     if not peak:
-        return f"time: the peak of {card or 'a CPU'} in {settings['dtype']} is not known here"
+        return f"time: no estimate, as {card or 'a CPU'} has no known peak in {settings['dtype']}"
     again = COMPUTED_AGAIN[settings["activation_checkpointing"]]
     hours = again * flops / (SHARE_OF_PEAK * peak) / 3600
     return f"time: {hours:,.1f} hours at {SHARE_OF_PEAK:.0%} of {peak / 1e12:,.0f} TFLOP/s"
