@@ -36,7 +36,7 @@ from ranks import start_ranks
 
 RESULT = "RESULT "  # before the JSON of a line
 WINDOW = 5  # steps between two waits for the device
-SMALL = "config/gpt2_124m.py --micro_batch_size=32"
+SMALL = "config/gpt2_124m.py --micro_batch_size=64"
 LARGE = "config/gpt2_1558m.py --micro_batch_size=8 --batch_tokens=131072 --compile=blocks"
 TINY = "--n_layer=6 --n_embd=384 --n_head=6 --block_size=256 --batch_tokens=16384 --compile=off"
 TINY += " --micro_batch_size=8 --steps=50 --learning_rate=1e-3 --warmup_steps=10"
