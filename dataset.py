@@ -155,6 +155,7 @@ class Dataset:
         for shard in getattr(self, split).shards:
             content = shard.read(0, shard.count).astype(np.int64)
             starts = np.union1d(0, np.flatnonzero(content == end_of_text))
+            starts = starts[: len(content)]  # an empty shard has none
             for start, tokens in zip(starts, np.split(content, starts[1:])):
                 if tokens[0] != end_of_text:  # a document that began in the shard before
                     tokens = np.insert(tokens, 0, end_of_text)

@@ -18,10 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import files
+from checkpoint import MOMENTS
 from config import Failure
 from muon import Muon, orthogonalize
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def check(settings: dict):
@@ -36,6 +35,8 @@ def check(settings: dict):
         needs += [("pip install deepspeed", importlib.util.find_spec("deepspeed"))]
         needs += [("torchrun, also for one process", "LOCAL_RANK" in os.environ)]
     missing = [name for name, is_there in needs if not is_there]
+    if settings["deepspeed_config"] and parallel != "deepspeed":
+        raise Failure(f"deepspeed_config has no effect: parallel is {parallel}, not deepspeed")
     if missing and parallel != "ddp":
         raise Failure(f"parallel {parallel} needs {missing[0]}")
 
@@ -246,7 +247,7 @@ class EngineOptimizer:
 
         steps, moments = [state["step"] for state in self.optimizer.state.values()], {}
         for number, parameter in enumerate(self.parameters if any(steps) else []):
-            whole = {name: Gathered(get, parameter, name) for name in MOMENTS}
+            whole = {name: Gathered(get, parameter, name) for name in MOMENTS["AdamW"]}
             moments[number] = whole | {"step": steps[0].clone()}  # AdamW adds to each
         return {"state": moments, "param_groups": []}
 
@@ -258,7 +259,7 @@ def set_moments(run, optimizer, moments: dict):
     """
     for flat in [flat for group in optimizer.param_groups for flat in group["params"]]:
         optimizer.state[flat]["step"] = torch.zeros((), device=flat.device)
-        optimizer.state[flat] |= {name: torch.zeros_like(flat) for name in MOMENTS}
+        optimizer.state[flat] |= {name: torch.zeros_like(flat) for name in MOMENTS["AdamW"]}
     if not moments:
         return
     shape, device = (run.settings.micro_batch_size, run.settings.block_size), run.ranks.device
@@ -266,7 +267,7 @@ def set_moments(run, optimizer, moments: dict):
     (run.forward(tokens, tokens).mean() * 0).backward()
     run.forward.step()
     for parameter, state in moments.items():
-        for name in MOMENTS:
+        for name in MOMENTS["AdamW"]:
             set_moment(parameter, name, state[name].to(device))
     for state in optimizer.state.values():
         state["step"].fill_(float(next(iter(moments.values()))["step"]))

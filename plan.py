@@ -17,7 +17,6 @@ from dataset import find_folder, read_manifest
 from mixture import parse_mixture
 from model import GPT, MAX_LOGITS, GPTConfig, ModelShape
 
-SHARE_OF_PEAK = 0.4  # that the hours assume; docs/results.md has measured ones
 COMPUTED_AGAIN = {"off": 1, "selective": 10 / 9, "full": 4 / 3}  # operations, by checkpointing
 GIB = 2**30
 # What a block keeps for the backward pass, by architecture and whether it is compiled, counted: how
@@ -36,7 +35,7 @@ def print_plan(settings: dict):
     shape = {name: settings[name] for name in ModelShape.__dataclass_fields__}
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
-    count, card, card_bytes = find_gpus(settings["plan_gpus"])
+    count, card, card_bytes = find_gpus(settings["plan_gpus"], settings["device"])
     settings = resolve_auto(model, settings, count, card, card_bytes)
     tokens = settings["max_steps"] * settings["batch_tokens"]
     flops = model.flops_per_token(settings["block_size"])
@@ -59,10 +58,10 @@ def size(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def find_gpus(text: str) -> tuple[int, str, float]:
+def find_gpus(text: str, device: str) -> tuple[int, str, float]:
     """The number, name ("" = CPU) and bytes of plan_gpus, or of this machine's. Raises Failure."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if not text and torch.cuda.is_available():
+    if not text and device in ("auto", "cuda") and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         return ranks, card.name, card.total_memory
     if not (found := re.fullmatch(r"(?:([1-9]\d*) *x *)?(\D.*|)", text.strip())):
@@ -160,8 +159,8 @@ def time_line(settings: dict, count: int, card: str, flops: float) -> str:
     if not peak:
         return f"time: no estimate, as {card or 'a CPU'} has no known peak in {settings['dtype']}"
     again = COMPUTED_AGAIN[settings["activation_checkpointing"]]
-    hours = again * flops / (SHARE_OF_PEAK * peak) / 3600
-    return f"time: {hours:,.1f} hours at {SHARE_OF_PEAK:.0%} of {peak / 1e12:,.0f} TFLOP/s"
+    hours = again * flops / (hardware.SHARE_OF_PEAK * peak) / 3600
+    return f"time: {hours:,.1f} hours at {hardware.SHARE_OF_PEAK:.0%} of {peak / 1e12:,.0f} TFLOP/s"
 
 
 def rule_lines(model: GPT, settings: dict, tokens: int) -> list[str]:

@@ -477,7 +477,9 @@ def merge(settings: PrepareConfig, work: Path) -> dict:
                 name = f"{settings.name}_{split}_{len(shards):06d}.bin"
                 link_or_copy(path / record["file"], folder / name)
                 shards.append(record | {"file": name})
-        entries[split] = sum_counts(parts, "documents", "bytes", "tokens") | {"shards": shards}
+        special = sum((Counter(part.get("special_tokens")) for part in parts), Counter())
+        entries[split] = sum_counts(parts, "documents", "bytes", "tokens")
+        entries[split] |= {"special_tokens": dict(special), "shards": shards}
     manifest = make_manifest(settings, tokenizers[0], entries)
     manifest["documents_cut_in_two"] = any(m.get("documents_cut_in_two") for m in manifests)
     for unit in ("documents", "bytes"):

@@ -187,9 +187,12 @@ def test_shards_made_elsewhere_open_with_a_tokenizer_named(tmp_path):
     refused(message, dataset.verify, hash_all=False, is_known=False)
 
 
-def test_documents_begin_at_each_end_of_text_and_at_each_shard(tmp_path):
+def test_documents_begin_at_each_end_of_text_and_at_each_shard_that_has_tokens(tmp_path):
     write_shards(tmp_path, "a_train", [256, 1, 2, 256, 3, 4, 256, 5], shard_tokens=5)
     write_shards(tmp_path, "a_val", [256, 9])
+    empty = np.zeros(256, dtype="<i4")
+    empty[:2] = 20240520, 1
+    (tmp_path / "a_train_000002.bin").write_bytes(empty.tobytes())
     documents = Dataset(tmp_path, 1, "bytes").documents("train")
     path = f"{tmp_path}/a_train_00000"
     first = [(f"{path}0.bin, token 0", [256, 1, 2]), (f"{path}0.bin, token 3", [256, 3])]

@@ -131,6 +131,7 @@ REFUSED = [
     ([FSDP, "--compile=model"], "needs compile blocks, or off"),
     (["--parallel=deepspeed", "--optimizer=muon"], "needs optimizer adamw"),
     (["--parallel=deepspeed"], "needs (torchrun|pip install)"),
+    (["--deepspeed_config=zero.json"], "has no effect: parallel is ddp, not deepspeed"),
     (["--parallel=pipeline"], "must be one of ddp, fsdp"),
 ]
 

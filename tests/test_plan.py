@@ -116,7 +116,7 @@ def test_a_plan_chooses_what_a_run_would(monkeypatch, card, parallel, chosen):
 
 @pytest.mark.parametrize("text", ["0 x H100 80GB", "8", "H100\n80GB"])
 def test_what_are_no_gpus_is_refused(text):
-    refused("is not like", plan.find_gpus, text)
+    refused("is not like", plan.find_gpus, text, "auto")
 
 
 def test_rules_at_sizes_that_their_papers_name():
@@ -130,3 +130,8 @@ def test_rules_at_sizes_that_their_papers_name():
     assert int(batch.replace(",", "")) == pytest.approx(9.4e6, rel=0.1)
     assert float(rate) == pytest.approx(4.2e-4, rel=0.05)
     assert text.count("outside") == 2 and "compute is used best at about 20" in text
+
+
+def test_a_plan_for_a_cpu_is_one_also_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert plan.find_gpus("", "cpu")[1] == ""

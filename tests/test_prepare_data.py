@@ -22,7 +22,7 @@ from conftest import full_disk, refused, run, split_tokens, write, write_texts
 import config
 import corpus
 import prepare_data
-from dataset import Dataset
+from dataset import Dataset, read_manifest
 from prepare_data import PrepareConfig
 from tokenizer import BYTES, Tokenizer
 
@@ -440,3 +440,7 @@ def test_special_tokens_in_text_are_reported_and_kept_on_request(tmp_path, capsy
     plain = prepare_data.prepare(settings_for(tmp_path, texts, name="plain"))
     settings = settings_for(tmp_path, name="all", merge=f"{folder},{plain}")
     refused("differ in tokenizer or --special_tokens", prepare_data.prepare, settings)
+    again = prepare_data.prepare(settings_for(tmp_path, texts, name="again"))
+    merged = prepare_data.prepare(settings_for(tmp_path, name="all", merge=f"{again},{plain}"))
+    splits = read_manifest(merged)["splits"].values()
+    assert sum(split["special_tokens"]["<|endoftext|>"] for split in splits) == 80
