@@ -96,8 +96,13 @@ class Dataset:
         return windows
 
     def batch(self, seed: int, first: int, count: int) -> np.ndarray:
-        """The training windows at `count` positions of a run, int64 (count, block_size + 1)."""
-        return self.train[window_order(seed, first, count, len(self.train))]
+        """The training windows at `count` positions of a run, int64 (count, block_size + 1).
+
+        In each epoch but the first the text is cut at other places, moved by less than a window.
+        """
+        epochs = np.arange(first, first + count) // len(self.train)
+        moves = [epoch and hash_numbers(seed, int(epoch)) % self.block_size for epoch in epochs]
+        return self.train.read(window_order(seed, first, count, len(self.train)), moves)
 
     def verify(self, hash_all: bool, is_known: bool):
         """Raise Failure where a shard is not the manifest's, or has an id beyond its tokenizer's.
@@ -182,11 +187,20 @@ class Windows:
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """The windows with these indices, int64 (len(indices), block_size + 1)."""
+        return self.read(indices, np.zeros(len(indices), dtype=np.int64))
+
+    def read(self, indices: np.ndarray, moves: list[int]) -> np.ndarray:
+        """The same, cut `moves` tokens later; after the end of a shard comes its start."""
         windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
-        shards = np.searchsorted(self.first_windows, indices, side="right") - 1
-        for row, shard in enumerate(shards):
-            start = int(indices[row] - self.first_windows[shard]) * self.block_size
-            windows[row] = self.shards[shard].read(start, start + self.block_size + 1)
+        numbers = np.searchsorted(self.first_windows, indices, side="right") - 1
+        for row, number in enumerate(numbers):
+            shard = self.shards[number]
+            start = int(indices[row] - self.first_windows[number]) * self.block_size
+            start = (start + int(moves[row])) % shard.count
+            tokens = shard.read(start, min(start + self.block_size + 1, shard.count))
+            windows[row, : len(tokens)] = tokens
+            if rest := self.block_size + 1 - len(tokens):
+                windows[row, len(tokens) :] = shard.read(0, rest)
         return windows
 
 

@@ -229,11 +229,25 @@ def test_an_epoch_may_end_inside_a_batch():
     assert (window_order(4, 0, 25, 10) != indices).any()
 
 
+def test_each_epoch_cuts_the_text_elsewhere_and_has_each_token_once(tmp_path):
+    for number, tokens in enumerate((range(43), range(100, 131))):
+        write_shards(tmp_path, f"shard{number}", tokens)
+    dataset = Dataset.__new__(Dataset)
+    dataset.block_size, dataset.train = 10, Windows(sorted(tmp_path.glob("*.bin")), 10)
+    epochs = [dataset.batch(5, first, 7) for first in (0, 7, 14)]
+    for rows in epochs:
+        assert len(np.unique(rows[:, 1:])) == 70
+        assert set(np.diff(rows).flat) <= {1, -42, -30}  # a shard goes on at its start
+    assert set(epochs[0][:, 0] % 100 % 10) == {0}
+    assert len({frozenset(rows[:, 0].tolist()) for rows in epochs}) == 3
+    assert (dataset.batch(5, 5, 4) == np.concatenate((epochs[0][5:], epochs[1][:2]))).all()
+
+
 class Numbers:  # stands in for Windows: window n is n, repeated
     def __len__(self):
         return 48
 
-    def __getitem__(self, indices):
+    def read(self, indices, moves):
         return np.repeat(indices[:, None], 5, axis=1)
 
 
@@ -241,7 +255,7 @@ class Numbers:  # stands in for Windows: window n is n, repeated
 def test_any_ranks_see_the_same_batches_and_every_window_once_per_epoch(world_size):
     settings = TrainConfig(block_size=4, batch_tokens=64, micro_batch_size=2)
     dataset, batches = Dataset.__new__(Dataset), [[] for _ in range(6)]
-    dataset.train = Numbers()
+    dataset.train, dataset.block_size = Numbers(), 4
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
         run = Run(settings, ranks, dataset, model=None, forward=None, optimizers=[])
