@@ -24,7 +24,7 @@ BEFORE_EXIT = []  # functions that wait for what is being written
 
 # Settings that are, or can be, a path
 PATHS = "out_dir data_dir dataset init_from tokenizer deepspeed_config"
-PATHS += " checkpoint prompts text export_hf"
+PATHS += " checkpoint prompts text choices export_hf"
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun numbers the processes of a run
 FULL = "MemoryError|DefaultCPUAllocator|out of memory|ALLOC_FAILED"  # in errors: memory is full
 
