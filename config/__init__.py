@@ -71,20 +71,16 @@ def run(main, settings_class, less_memory: str, positional: str = ""):
 
 @contextlib.contextmanager
 def exit_on_failure(less_memory: str = ""):
-    """An expected error inside ends the program with one message and its exit code, no traceback.
-
-    An error that all ranks have should be printed once, by rank 0. The others wait first: if rank
-    0 has ended by then, torchrun has ended them, too.
-    """
+    """An expected error inside ends the program with one message and its exit code."""
     try:
         yield
         sys.stdout.flush()  # here, where an error still gets its exit code
     except BaseException as error:
-        explained = explain(error, less_memory)
-        if not explained:
+        message, code = explain(error, less_memory) or (None, 1)
+        if message is None:  # not expected: a traceback
             raise
-        message, code = explained
         if message:  # else it is printed already
+            # If all ranks have this error, torchrun ends the others once rank 0 has printed it
             time.sleep(10 if RANK else 0)
             print_error(message)
         sys.exit(code)
@@ -111,17 +107,14 @@ def explain(error: BaseException, less_memory: str) -> tuple[str, int] | None:
 
 
 def end_process(code: int):
-    """Exit, after what is being written; for Ctrl-C at once.
-
-    Ranks exit without Python's clean-up, in which threads of gloo can abort one.
-    """
+    """Exit, after what is being written; for Ctrl-C at once."""
     try:
         sys.stdout.flush()
     except OSError:  # a closed pipe or a full disk: Python would print a second error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code == INTERRUPTED:
         os._exit(code)
-    if "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ:  # in Python's clean-up threads of gloo can abort a rank
         for finish in BEFORE_EXIT:
             finish()
         os._exit(code)
