@@ -93,16 +93,10 @@ def round_up(size: float, multiple: int) -> int:
 
 
 class Linear(nn.Linear):
-    """Computes in its input's type, which can have 16 bits while the weights are in fp32.
-
-    Its weights are uninitialised: GPT.init_weights or a checkpoint fills them.
-    """
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False):
-        super().__init__(inputs, outputs, bias)
+    """Computes in its input's type, which can have 16 bits while the weights are in fp32."""
 
     def reset_parameters(self):
-        pass
+        pass  # uninitialised: GPT.init_weights or a checkpoint fills the weights
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.type_as(x)
@@ -110,7 +104,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """torch's, uninitialised."""
+    """torch's, uninitialised, too."""
 
     def reset_parameters(self):
         pass
@@ -213,12 +207,12 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.c_q = Linear(config.n_embd, config.n_head * config.head_width)
-        self.c_k = Linear(config.n_embd, config.kv_heads * config.head_width)
-        self.c_v = Linear(config.n_embd, config.kv_heads * config.head_width)
+        self.c_q = Linear(config.n_embd, config.n_head * config.head_width, bias=False)
+        self.c_k = Linear(config.n_embd, config.kv_heads * config.head_width, bias=False)
+        self.c_v = Linear(config.n_embd, config.kv_heads * config.head_width, bias=False)
         self.q_norm = RMSNorm(config.head_width)  # Dehghani et al. 2023
         self.k_norm = RMSNorm(config.head_width)
-        self.c_proj = Linear(config.n_head * config.head_width, config.n_embd)
+        self.c_proj = Linear(config.n_head * config.head_width, config.n_embd, bias=False)
 
     def forward(self, x, rope, cache=None):
         layers = (self.c_q, self.c_k, self.c_v)
@@ -233,9 +227,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_gate = Linear(config.n_embd, config.mlp_width)  # Qwen3's gate_proj
-        self.c_fc = Linear(config.n_embd, config.mlp_width)  # its up_proj
-        self.c_proj = Linear(config.mlp_width, config.n_embd)  # its down_proj
+        self.c_gate = Linear(config.n_embd, config.mlp_width, bias=False)  # Qwen3's gate_proj
+        self.c_fc = Linear(config.n_embd, config.mlp_width, bias=False)  # its up_proj
+        self.c_proj = Linear(config.mlp_width, config.n_embd, bias=False)  # its down_proj
 
     def forward(self, x):
         return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
@@ -296,7 +290,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config)
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight  # Press & Wolf 2017
 
