@@ -199,14 +199,12 @@ def apply_rope(x, rope):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Several queries share a key and a value (Ainslie et al. 2023); q and k are normalised.
-
-    Three layers, not one: joining their gradients takes a GPU longer than two more products.
-    """
+    """Several queries share a key and a value (Ainslie et al. 2023); q and k are normalised."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        # Not one layer, as in GPT-2: joining gradients takes a GPU longer than two more products
         self.c_q = Linear(config.n_embd, config.n_head * config.head_width, bias=False)
         self.c_k = Linear(config.n_embd, config.kv_heads * config.head_width, bias=False)
         self.c_v = Linear(config.n_embd, config.kv_heads * config.head_width, bias=False)
