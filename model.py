@@ -126,9 +126,9 @@ def attend(q, k, v, dropout: float, cache=None):
     if cache is None and q.is_cpu and q.size(1) < 512:  # PyTorch's kernel is slower in bfloat16
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) and twice (B, K, T, D)
+    mask = None  # without one, token t sees the tokens up to t
     if cache is not None:
-        k, v = cache.append(k, v)  # (B, K, S, D)
-    mask = None if cache is None else cache.mask  # without one, token t sees the tokens up to t
+        k, v, mask = cache.append(k, v)  # (B, K, S, D)
     y = F.scaled_dot_product_attention(
         q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=k.size(1) != q.size(1)
     )
@@ -319,7 +319,7 @@ class GPT(nn.Module):
 
         cache (sample.py's KVCache) keeps the keys and values of earlier tokens. `advance(T)` gives
         the positions of the new tokens, (T) or (B, T). Each of its `layers` has `append(k, v)`,
-        which takes the new (B, K, T, D) and returns all to attend to, (B, K, S, D), and `mask`
+        which takes the new (B, K, T, D) and returns all to attend to, (B, K, S, D), and a mask
         (B, 1, T, S), added to the scores, or None where T = S and attention is simply causal.
         """
         x = self.hidden(tokens, cache)[:, -1]  # (B, C)

@@ -394,7 +394,6 @@ class KVCache:
     def advance(self, T: int) -> torch.Tensor:
         """The positions of the new tokens: (T) in prefilling, else (B, 1), with the mask set."""
         if self.prefilling is not None:
-            self.mask = None
             return self.slots[:T]
         self.positions += 1
         is_empty = self.slots > self.positions[:, None, None, None]
@@ -409,20 +408,16 @@ class LayerCache:
         self.cache = cache
         self.k, self.v = zeros  # (B, K, S, D) each
 
-    @property
-    def mask(self) -> torch.Tensor | None:
-        return self.cache.mask
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep k and v (B, K, T, D) of the new tokens; return all to attend to."""
+    def append(self, k: torch.Tensor, v: torch.Tensor):
+        """Keep k and v (B, K, T, D) of the new tokens; return all to attend to, and the mask."""
         if self.cache.prefilling is not None:
             rows, prompt_of = self.cache.prefilling
             self.k[rows, :, : k.size(2)] = k[prompt_of]
             self.v[rows, :, : v.size(2)] = v[prompt_of]
-            return k, v
+            return k, v, None
         self.k[self.cache.rows, :, self.cache.positions] = k[:, :, 0]
         self.v[self.cache.rows, :, self.cache.positions] = v[:, :, 0]
-        return self.k, self.v
+        return self.k, self.v, self.cache.mask
 
 
 def prepare_to_decode(model: GPT, device: torch.device, dtype: str):
