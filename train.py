@@ -191,7 +191,7 @@ class Run:
     stop_requested: float = 0.0  # the time of the first signal that asked to stop
 
     def __post_init__(self):
-        device = self.ranks.device
+        device, self.folder = self.ranks.device, Path(self.settings.out_dir)
         self.writer = checkpoint.Writer(self.folder) if self.ranks.rank == 0 else None
         self.send = None  # the function that also sends metrics to the backend of log_to
         self.found_inf = torch.zeros((), device=device)  # 1 once a step was not finite
@@ -199,10 +199,6 @@ class Run:
         self.is_bad_here = torch.zeros((), dtype=torch.bool, device=device)  # by this rank's loss
         # small gradients are 0 in float16, unless the loss is scaled up for the backward pass
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.dtype == "float16")
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.settings.out_dir)
 
     @property
     def micro_steps(self) -> int:
