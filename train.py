@@ -597,19 +597,15 @@ def validate_and_log(run: Run):
 
 
 def validate(run: Run, windows: Windows) -> float | None:
-    """The mean loss, in nats per token, of fixed windows spread evenly over a validation text.
-
-    Returns None where a stop was requested before the end.
-    """
-    settings, ranks = run.settings, run.ranks
-    size = settings.micro_batch_size
+    """The mean loss, in nats per token, of fixed windows spread evenly over a validation text."""
+    settings, ranks, size = run.settings, run.ranks, run.settings.micro_batch_size
     count = min(len(windows), max(1, settings.eval_tokens // settings.block_size))
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
     total, is_compiled = 0.0, settings.compile != "off"
     run.model.train(is_compiled and not settings.dropout)  # without dropout both modes are the same
     for first in range(ranks.rank * size, count + ranks.rank * size, size * ranks.world_size):
         if ranks.any(run.must_stop()):
-            return None
+            return None  # not the loss of all windows
         indices = chosen[first : first + size]
         rows = np.resize(indices, size)  # the last batch is filled up: no shape to compile anew
         tokens, targets = to_device(windows[rows], ranks.device)
