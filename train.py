@@ -353,8 +353,7 @@ def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Mod
         parallel.shard_model(model, ranks.device, settings.reshard_after_forward)
     if settings.parallel != "ddp" or ranks.world_size == 1:
         return model
-    options = dict(gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
-    forward = DistributedDataParallel(model, **options)
+    forward = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
     forward.broadcast_buffers = False  # an option, but under another name from torch 2.13 on
     return forward
 
