@@ -213,14 +213,12 @@ def window_order(seed: int, first: int, count: int, windows: int) -> np.ndarray:
     Position p lies in epoch p // windows. Each epoch is a shuffle of all windows, keyed by (seed,
     epoch): each window is seen exactly once per epoch.
     """
-    positions = np.arange(first, first + count)
-    epochs = positions // windows
-    indices = np.empty_like(positions)
+    epochs, positions = np.divmod(np.arange(first, first + count), windows)
+    parts = []
     for epoch in np.unique(epochs):
-        is_now = epochs == epoch
         key = hash_numbers(seed, int(epoch))
-        indices[is_now] = shuffle(positions[is_now] % windows, windows, key)
-    return indices
+        parts.append(shuffle(positions[epochs == epoch], windows, key))
+    return np.concatenate(parts)
 
 
 def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
