@@ -52,11 +52,9 @@ class Dataset:
     """
 
     def __init__(self, folder: Path, block_size: int, tokenizer: str = "", pattern: str = ""):
-        self.folder = folder
-        self.block_size = block_size
-        self.manifest = {}
-        if (folder / "manifest.json").exists():
-            self.manifest = read_manifest(folder)
+        self.folder, self.block_size = folder, block_size
+        self.manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
+        if self.manifest:
             self.tokenizer = read_tokenizer(folder, self.manifest["tokenizer"])
         elif tokenizer:
             self.tokenizer = load_tokenizer(tokenizer, pattern, folder.parent / "downloads")
@@ -110,11 +108,10 @@ class Dataset:
         hash_all: compare the content of shards also where they have HASHED_BYTES or more.
         is_known: shards without a manifest were verified before, as their fingerprint shows.
         """
-        records = self.records["train"] + self.records["val"]
         total, done = sum(shard.bytes for shard in self.shards), 0
         hash_all, entries = hash_all or total < HASHED_BYTES, self.tokenizer.vocab_size
         with Progress("bytes verified", total) as progress:
-            for shard, record in zip(self.shards, records):
+            for shard, record in zip(self.shards, self.records["train"] + self.records["val"]):
                 if self.manifest and hash_all and sha256_of(shard.path) != record["sha256"]:
                     raise Failure(f"{shard.path} is not the shard that manifest.json was made with")
                 largest_id = record.get("largest_id")
@@ -289,9 +286,7 @@ class ShardWriter(contextlib.AbstractContextManager):
     """Writes the tokens of one split as shards of at most shard_tokens; use it in a `with`."""
 
     def __init__(self, folder: Path, prefix: str, shard_tokens: int, vocab_size: int):
-        self.folder = folder
-        self.prefix = prefix
-        self.shard_tokens = shard_tokens
+        self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.file = None  # the shard that is being written
         self.count = self.largest_id = 0  # of the tokens in that shard
