@@ -300,7 +300,10 @@ class ShardWriter(contextlib.AbstractContextManager):
         """Append tokens, in as many shards as it takes."""
         while len(tokens):
             if not self.file:
-                self.start_shard()
+                path = self.folder / f"{self.prefix}_{len(self.records):06d}.bin"
+                self.file = open(path, "xb")  # noqa: SIM115  closed by finish_shard
+                self.file.write(bytes(4 * HEADER_INTS))
+                self.count = self.largest_id = 0
             part = tokens[: self.shard_tokens - self.count]
             self.file.write(part.astype(self.dtype).tobytes())
             self.count += len(part)
@@ -314,12 +317,6 @@ class ShardWriter(contextlib.AbstractContextManager):
         if self.file:
             self.finish_shard()
         return self.records
-
-    def start_shard(self):
-        path = self.folder / f"{self.prefix}_{len(self.records):06d}.bin"
-        self.file = open(path, "xb")  # noqa: SIM115  closed by finish_shard
-        self.file.write(bytes(4 * HEADER_INTS))
-        self.count = self.largest_id = 0
 
     def finish_shard(self):
         """Write the header, which makes the file a shard."""
