@@ -201,9 +201,6 @@ class Windows:
         return windows
 
 
-# The order of the windows
-
-
 def window_order(seed: int, first: int, count: int, windows: int) -> np.ndarray:
     """The windows at positions first..first+count-1 of a run, int64 (count,).
 

@@ -430,9 +430,6 @@ def prepare_to_decode(model: GPT, device: torch.device, dtype: str):
             layer.weight.data = layer.weight.data.T.contiguous().T
 
 
-# Choosing a token
-
-
 def penalize(logits: torch.Tensor, is_in_text: torch.Tensor, penalty: float) -> torch.Tensor:
     """Logits (B, V), lower where is_in_text (B, V). Keskar et al. 2019 (CTRL), section 4.1."""
     lower = torch.where(logits > 0, logits / penalty, logits * penalty)
