@@ -131,11 +131,9 @@ class Tokenizer:
         return self.bytes_of.get(token, b"")
 
     def to_text(self) -> str:
-        """The text of a .tiktoken file: a line for each token, its bytes in base64, its id.
-
-        End-of-text has a line only if its id is not the one after the last.
-        """
+        """The text of a .tiktoken file: a line for each token, its bytes in base64, its id."""
         lines = [f"{base64.b64encode(token).decode()} {n}\n" for token, n in self.ids.items()]
+        # End-of-text has a line only if its id is not the one after the last
         if not self.end_of_text == len(self.ids) == max(self.ids.values()) + 1:
             lines.append(f"{END_OF_TEXT} {self.end_of_text}\n")
         return "".join(lines)
@@ -153,10 +151,8 @@ class Tokenizer:
 
 
 def pattern_of(record: dict) -> str:
-    """The pattern of a tokenizer's record, as in a manifest.
-
-    Records of 0.1 lack it: their name ends in the pattern (bpe:8192:gpt4), or it is gpt2.
-    """
+    """The pattern of a tokenizer's record, as in a manifest."""
+    # Records of 0.1 lack it: their name ends in the pattern (bpe:8192:gpt4), or it is gpt2
     ending = str(record.get("name")).rpartition(":")[2]
     return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))
 
