@@ -244,11 +244,7 @@ def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:
 
 
 class Shard:
-    """A file of tokens, uint16 or uint32. Raises Failure for a damaged one.
-
-    Each read opens the file, so that no file stays open, and one that has become shorter raises an
-    error with its name. (Of a memory map the process would be killed.)
-    """
+    """A file of tokens, uint16 or uint32. Raises Failure for a damaged one."""
 
     def __init__(self, path: Path):
         check_file(path)
@@ -266,6 +262,7 @@ class Shard:
 
     def read(self, start: int, end: int) -> np.ndarray:
         """The tokens from start up to end. Raises OSError where the file has become shorter."""
+        # No file stays open. No memory map: a process is killed if the file of one becomes shorter
         offset = 4 * HEADER_INTS + start * self.dtype.itemsize
         tokens = np.fromfile(self.path, self.dtype, end - start, offset=offset)
         if len(tokens) < end - start:
