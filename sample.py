@@ -82,7 +82,7 @@ class SampleConfig:
 
 
 def main(settings: SampleConfig):
-    """Do what the settings ask for. All but the samples goes to standard error. Raises Failure."""
+    """Print samples, or export. All else goes to standard error. Raises Failure."""
     if settings.export_hf:
         export(settings)
         return
