@@ -104,7 +104,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """torch's, uninitialised, too."""
+    """torch's, uninitialised as well."""
 
     def reset_parameters(self):
         pass
