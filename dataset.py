@@ -98,9 +98,11 @@ class Dataset:
 
         In each epoch but the first the text is cut at other places, moved by less than a window.
         """
-        epochs = np.arange(first, first + count) // len(self.train)
+        positions = np.arange(first, first + count)
+        epochs, number = np.unique(positions // len(self.train), return_inverse=True)
         moves = [epoch and hash_numbers(seed, int(epoch)) % self.block_size for epoch in epochs]
-        return self.train.read(window_order(seed, first, count, len(self.train)), moves)
+        indices = window_order(seed, first, count, len(self.train))
+        return self.train.read(indices, np.array(moves)[number])
 
     def verify(self, hash_all: bool, is_known: bool):
         """Raise Failure where a shard is not the manifest's, or has an id beyond its tokenizer's.
@@ -186,7 +188,7 @@ class Windows:
         """The windows with these indices, int64 (len(indices), block_size + 1)."""
         return self.read(indices, np.zeros(len(indices), dtype=np.int64))
 
-    def read(self, indices: np.ndarray, moves: list[int]) -> np.ndarray:
+    def read(self, indices: np.ndarray, moves: np.ndarray) -> np.ndarray:
         """The same, cut `moves` tokens later; after the end of a shard comes its start."""
         windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
         numbers = np.searchsorted(self.first_windows, indices, side="right") - 1
