@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Failure, Progress
+from hashing import mix64
 from readers import Reader, Tally
 from workers import Workers
 
@@ -71,6 +72,8 @@ class Corpus:
 
         With very few documents their hashes can leave a split empty, or far from its share. Then
         the end of each document is held out instead. Odds are the ratio of validation to training.
+        Training documents are in the order of a hash: sources are often sorted, and a window, or
+        the part that a tokenizer is trained on, should have documents from anywhere.
         """
         spans, is_val = self.spans()[kept], self.documents["is_val"][kept]
         splits = {"train": spans[~is_val], "val": spans[is_val]}
@@ -83,6 +86,7 @@ class Corpus:
             splits = dict(zip(splits, self.cut(spans, val_fraction)))
         if not all(map(count_bytes, splits.values())):
             raise Failure("there is too little text for a training and a validation split")
+        splits["train"] = splits["train"][np.argsort(mix64(splits["train"][:, 0]))]
         return splits, is_cut
 
     def cut(self, spans: np.ndarray, fraction: float) -> list[np.ndarray]:

@@ -80,6 +80,12 @@ def splits_of(texts) -> list[list[str]]:
     return list(splits)
 
 
+def are_splits_of(texts, splits: list[list[str]]) -> bool:
+    """Whether the splits have these texts, those for training in any order."""
+    train, val = splits_of(texts)
+    return sorted(splits[0]) == sorted(train) and splits[1] == val
+
+
 def random_texts(documents: int, words: int = 40) -> list[str]:
     generator, letters = random.Random(0), string.ascii_lowercase
     pages = [[generator.choices(letters, k=5) for _ in range(words)] for _ in range(documents)]
@@ -131,7 +137,7 @@ def test_shards_hold_any_documents_exactly(tmp_path, tokenizer, pattern):
     texts, options = any_texts(2000), {"tokenizer": tokenizer, "split_pattern": pattern}
     manifest, *splits = prepared(tmp_path, texts, clean="none", dedupe="none", **options)
     size = sum(len(text.encode()) for text in texts)
-    assert splits == splits_of(texts)
+    assert are_splits_of(texts, splits)
     assert manifest["documents"] == {"in": 2000, "kept": 2000, "dropped": {}}
     assert not manifest["documents_cut_in_two"]
     assert manifest["bytes"] == {"in": size, "kept": size, "dropped": {}}
@@ -140,6 +146,13 @@ def test_shards_hold_any_documents_exactly(tmp_path, tokenizer, pattern):
     file_size = (tmp_path / "data" / "mine" / shard["file"]).stat().st_size
     assert file_size == 1024 + (4 if is_wide else 2) * shard["tokens"]
     assert is_wide == (shard["largest_id"] > 65_535)
+
+
+def test_training_documents_lie_scattered_and_always_alike(tmp_path):
+    texts = random_texts(300)
+    (_, train, _), (_, again, _) = (prepared(tmp_path, texts, name=name) for name in ("a", "b"))
+    places = [texts.index(text) for text in train]
+    assert abs(np.corrcoef(places, np.arange(len(places)))[0, 1]) < 0.2 and train == again
 
 
 def test_documents_too_few_to_hold_some_out_are_cut_in_two(tmp_path, capsys):
@@ -211,14 +224,14 @@ def test_of_repeated_documents_the_first_is_kept_and_validation_wins(tmp_path):
     for number, order in enumerate((texts + exact + near, exact + near + texts)):
         order += again
         manifest, *splits = prepared(tmp_path, order, name=f"mine{number}", dedupe="near")
-        assert splits == splits_of(texts + signs) and manifest["validation_overlap"] == 0
+        assert are_splits_of(texts + signs, splits) and manifest["validation_overlap"] == 0
         assert manifest["documents"]["dropped"] == {
             "exact duplicate": len(again) - len(signs),
             "exact duplicate of validation text": len(val),
             "near duplicate of validation text": len(val),
         }
     manifest, *splits = prepared(tmp_path, order, name="all", dedupe="none")
-    assert splits == splits_of(order) and manifest["validation_overlap"] == 1
+    assert are_splits_of(order, splits) and manifest["validation_overlap"] == 1
 
 
 @pytest.mark.parametrize("dedupe", ["exact", "near"])  # near hashes the words anyway
@@ -235,7 +248,7 @@ def test_documents_that_share_text_with_a_benchmark_are_dropped(tmp_path, capsys
     fails("skips no errors$", tmp_path, texts, decontaminate=bad, on_error="skip")
     texts = [f"{t} {shared if n < 100 else shared[:-3]} {t}" for n, t in enumerate(texts)]
     manifest, *splits = prepared(tmp_path, texts, decontaminate=str(source), dedupe=dedupe)
-    assert splits == splits_of(texts[100:]) and splits_of(texts[:100])[1]
+    assert are_splits_of(texts[100:], splits) and splits_of(texts[:100])[1]
     assert manifest["documents"]["dropped"] == {"contaminated": 100}
     assert "1 have fewer than 13 words and cannot be found" in capsys.readouterr().out
 
@@ -341,7 +354,7 @@ def test_merged_datasets_have_what_both_had(tmp_path, monkeypatch, can_link):
     folders = f"{tmp_path / 'data' / 'one'},{tmp_path / 'data' / 'two'}"
     manifest, *splits = prepared(tmp_path, merge=folders)
     size, shard = sum(map(len, texts)), tmp_path / "data" / "mine" / "mine_train_000000.bin"
-    assert splits == splits_of(texts)
+    assert are_splits_of(texts, splits)
     assert manifest["documents"] == {"in": 62, "kept": 60, "dropped": {"empty": 2}}
     assert manifest["bytes"] == {"in": size + 2, "kept": size, "dropped": {"empty": 2}}
     assert (shard.stat().st_nlink == 2) == can_link
