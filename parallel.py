@@ -2,8 +2,7 @@
 
 Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP". FSDP2 splits a parameter by rows:
 each rank keeps its rows in fp32, and all gather a block's parameters while they compute with it.
-DeepSpeed owns flat copies of all parameters and the update. Both are imported where they are used:
-that takes seconds, which other runs do not need.
+DeepSpeed owns flat copies of all parameters and the update. Imports are late: they take seconds.
 """
 
 import importlib.util
