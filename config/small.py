@@ -3,10 +3,10 @@
 python train.py config/small.py
 
 2 cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-26: 1.263 bits per byte of Python
-3.11's library, for which lzma -9 needs 1.601 and gzip -9 1.957, in 2 min 55 s with the preparing,
-the validation and a sample; seeds 2, 3 and 4: 1.257, 1.269 and 1.260. In float32 it takes 4 min
-53 s. What decides is when induction heads form (Olsson et al. 2022): within a few hundred steps the
-loss falls by a tenth. More in docs/results.md.
+3.11's library, for which lzma -9 needs 1.601 and gzip -9 1.957, in 3 min 27 s with the preparing,
+the validation and a sample (in a faster hour 2 min 51 s); seeds 2, 3 and 4: 1.257, 1.269 and 1.260.
+In float32 it takes 4 min 53 s. What decides is when induction heads form (Olsson et al. 2022):
+within a few hundred steps the loss falls by a tenth. More in docs/results.md.
 """
 
 out_dir = "out/small"
