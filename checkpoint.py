@@ -246,9 +246,9 @@ def model_state(model: GPT, tokenizer: Tokenizer) -> dict:
 MAY_CHANGE = (
     "out_dir init_from overwrite data_dir dataset tokenizer split_pattern sample_prompt max_steps "
     "learning_rate min_lr warmup_steps decay decay_steps muon_learning_rate grad_clip "
-    "eval_interval eval_tokens checkpoint_interval log_interval micro_batch_size device dtype "
-    "compile activation_checkpointing verify_data distributed_timeout log_to plan plan_gpus "
-    "parallel reshard_after_forward deepspeed_config"
+    "embedding_learning_rate head_learning_rate eval_interval eval_tokens checkpoint_interval "
+    "log_interval micro_batch_size device dtype compile activation_checkpointing verify_data "
+    "distributed_timeout log_to plan plan_gpus parallel reshard_after_forward deepspeed_config"
 )
 
 

@@ -347,13 +347,14 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     @torch.no_grad()
-    def init_weights(self, seed: int, copy=torch.Tensor.copy_):
+    def init_weights(self, seed: int, copy=torch.Tensor.copy_, wte_std: float = 0.02):
         """Draw the initial weights on the CPU, each parameter's from (seed, its name) alone.
 
         GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
         projections into the residual stream. Qwen3's c_proj weights start at zero, so that each
         block begins as the identity; an untied lm_head, too: all tokens are equally likely then.
-        copy(parameter, values) can keep a part of the values, where a rank has a part.
+        wte_std: of the token embedding. copy(parameter, values) can keep a part of the values,
+        where a rank has a part.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         zeros = ".bias" if self.config.arch == "gpt2" else ("c_proj.weight", "lm_head.weight")
@@ -361,7 +362,7 @@ class GPT(nn.Module):
             if name.endswith(zeros):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                std = residual_std if name.endswith("c_proj.weight") else 0.02
+                std = {"c_proj": residual_std, "wte": wte_std}.get(name.split(".")[-2], 0.02)
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 copy(parameter, torch.empty(parameter.shape).normal_(0, std, generator=generator))
@@ -371,9 +372,13 @@ class GPT(nn.Module):
                 raise ValueError(f"{name} has no initialiser")
 
     def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """The blocks' 2-D weights, for Muon, with how many matrices each stacks: c_attn q, k, v."""
+        """The blocks' 2-D weights, for Muon, and how many matrices each stacks: one per head of
+        queries, keys and values.
+        """
+        H, K = self.config.n_head, self.config.kv_heads
+        stacked = {"c_attn": 3 * H, "c_q": H, "c_k": K, "c_v": K}
         weights = self.h.named_parameters()
-        return [(w, 3 if "c_attn" in name else 1) for name, w in weights if w.dim() == 2]
+        return [(w, stacked.get(name.split(".")[-2], 1)) for name, w in weights if w.dim() == 2]
 
     def flops_per_token(self, T: int) -> int:
         """Floating-point operations to train on one of T tokens: 6 N + 12 n_layer H D T.

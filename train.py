@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -71,6 +72,9 @@ class TrainConfig(ModelShape):
     beta1: float = 0.9  # AdamW: decay of the gradient's mean
     beta2: float = 0.95  # AdamW: decay of the squared gradient's mean
     muon_learning_rate: float = 0.0  # peak for Muon's matrices; 0 = learning_rate
+    embedding_learning_rate: float = 0.0  # peak for the token embedding; 0 = learning_rate
+    head_learning_rate: float = 0.0  # peak for an untied head; 0 = learning_rate
+    embedding_std: float = 0.02  # standard deviation of the token embedding's first values
     muon_momentum: float = 0.95  # Muon: decay of the gradient's mean
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     eval_interval: int = 250  # steps between validations; one more follows the last step
@@ -98,6 +102,7 @@ class TrainConfig(ModelShape):
         config.check_bounds(self, 1, "checkpoint_interval log_interval distributed_timeout")
         config.check_bounds(self, 0, "seed micro_batch_size warmup_steps decay_steps learning_rate")
         config.check_bounds(self, 0, "min_lr weight_decay grad_clip muon_learning_rate")
+        config.check_bounds(self, 0, "embedding_learning_rate head_learning_rate embedding_std")
         config.check_bounds(self, 0, "beta1 beta2 muon_momentum", below=1)
         config.check_choices(self, optimizer="adamw muon", decay="cosine linear")
         config.check_choices(self, dtype="auto float32 bfloat16 float16 float8")
@@ -114,6 +119,8 @@ class TrainConfig(ModelShape):
             raise ValueError(f"a plan is for a new model: {self.init_from} has its own shape")
         if self.init_from == "auto" and self.overwrite:
             raise ValueError("init_from auto continues a run, overwrite loses it: choose one")
+        if self.head_learning_rate and self.tie_embeddings and not self.fine_tunes:
+            raise ValueError("head_learning_rate has no effect: the head is the embedding, tied")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} exceeds learning_rate {self.learning_rate}")
         if self.warmup_steps + self.decay_steps > self.max_steps:
@@ -267,7 +274,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         if saved:
             restore(run, saved)
         elif not settings.fine_tunes:
-            model.init_weights(settings.seed, parallel.copy_values)
+            model.init_weights(settings.seed, parallel.copy_values, settings.embedding_std)
         if settings.parallel == "deepspeed":
             parallel.start_deepspeed(run)
     ranks.keep(run)
@@ -527,7 +534,7 @@ def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Te
     """Print a line about the step just done and add it to metrics.jsonl. Waits for the device."""
     stop_if_not_finite(run)
     speed, words = meter.measure(run.step)
-    memory, rate = hardware.memory_gib(run.ranks.device), run.optimizers[0].param_groups[0]["lr"]
+    memory, rate = hardware.memory_gib(run.ranks.device), run.optimizers[0].param_groups[-1]["lr"]
     values = {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": rate}
     if run.step == 1 or run.step % run.settings.log_interval == 0:  # not where a run continues
         run.record(step=run.step, **values, **speed, memory_gib=memory)
@@ -538,26 +545,28 @@ def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Te
 def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     """AdamW (Loshchilov & Hutter 2019), and Muon for the blocks' matrices if asked for."""
     matrices = model.matrices() if settings.optimizer == "muon" else []
-    taken = {id(weight) for weight, _ in matrices}
-    parameters = [p for p in model.parameters() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    taken, groups = {id(weight) for weight, _ in matrices}, defaultdict(list)
+    own = dict(wte=settings.embedding_learning_rate, lm_head=settings.head_learning_rate)
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[1].dim() < 2):
+        if id(parameter) not in taken:
+            decay = settings.weight_decay if parameter.dim() >= 2 else 0.0
+            groups[own.get(name.split(".")[0]) or settings.learning_rate, decay].append(parameter)
+    groups = [dict(params=g, peak=peak, weight_decay=decay) for (peak, decay), g in groups.items()]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
     if not matrices:
         return [adamw]
     kind = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
-    return [adamw, kind(matrices, settings.muon_momentum, settings.weight_decay)]
+    muon = kind(matrices, settings.muon_momentum, settings.weight_decay)
+    muon.param_groups[0]["peak"] = settings.muon_learning_rate or settings.learning_rate
+    return [adamw, muon]
 
 
 def set_learning_rates(run: Run, step: int):
-    """Give each optimizer its learning rate for a step."""
-    settings, share = run.settings, schedule(step, run.settings)
-    peaks = settings.learning_rate, settings.muon_learning_rate or settings.learning_rate
-    for optimizer, peak in zip(run.optimizers, peaks):  # AdamW, Muon
+    """Give each group of parameters its learning rate for a step."""
+    share = schedule(step, run.settings)
+    for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = share * peak
+            group["lr"] = share * group["peak"]
 
 
 def schedule(step: int, settings: TrainConfig) -> float:

@@ -29,6 +29,7 @@ KINDS = {  # options of tiny runs: one of each architecture and optimizer
     "gpt2": [],
     "qwen3": ["--arch=qwen3", "--n_kv_head=1", "--tie_embeddings=False", "--optimizer=muon"],
 }
+KINDS["qwen3"] += ["--embedding_learning_rate=1e-2"]
 SIZES = dict(vocab_size=97, block_size=24, n_layer=2, n_head=2, n_embd=32)
 QWEN3 = dict(arch="qwen3", n_head=4, n_kv_head=2, head_size=16, intermediate_size=40)
 UNTIED = QWEN3 | dict(tie_embeddings=False)
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def compiling_afresh():
+    """After a number of variants torch silently stops to compile: none of earlier tests count."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def make_model(**changes) -> GPT:

@@ -67,8 +67,11 @@ def broken(model, tokens, targets):
     return losses
 def recorded(run, stop=train.stop_if_not_finite):
     state = [run.model.state_dict(), [o.state_dict()["state"] for o in run.optimizers]]
+    copy = checkpoint.snapshot(state, {{}})
+    if run.ranks.device.type == "cuda":  # else the copies may not be there yet
+        train.torch.cuda.synchronize()
     with open(f"{{run.folder}}/rank {{run.ranks.rank}}", "a") as file:
-        print(run.step, checkpoint.checksum(checkpoint.snapshot(state, {{}})), file=file)
+        print(run.step, checkpoint.checksum(copy), file=file)
     stop(run)
 train.GPT.forward, train.stop_if_not_finite = broken, recorded
 config.run(train.main, train.TrainConfig, "")

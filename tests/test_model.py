@@ -91,13 +91,13 @@ def test_dropout_acts_in_training_alone(shape):
     assert torch.equal(model.eval().logits(tokens), plain.logits(tokens))
 
 
-def fresh(seed=1, **changes) -> dict[str, torch.Tensor]:
+def fresh(seed=1, wte_std=0.02, **changes) -> dict[str, torch.Tensor]:
     """The weights of a model after init_weights, by name."""
     model = GPT(GPTConfig(**SIZES | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # what an initialiser leaves out shows
-    model.init_weights(seed)
+    model.init_weights(seed, wte_std=wte_std)
     return dict(model.named_parameters())
 
 
@@ -117,11 +117,12 @@ def test_initial_weights_depend_on_seed_and_name_alone(shape):
 
 @shapes
 def test_initial_scales(shape):
-    for name, weight in fresh(**shape | dict(n_layer=8, n_embd=128)).items():
+    for name, weight in fresh(**shape | dict(n_layer=8, n_embd=128), wte_std=0.6).items():
         if name.endswith("c_proj.weight") and "arch" not in shape:
             std = 0.02 / 4  # 4 is the root of the 2 x 8 additions to the residual stream
         else:
             std = 0.0 if name.endswith(("c_proj.weight", "lm_head.weight")) else 0.02
+            std = 0.6 if name == "wte.weight" else std
         if weight.dim() == 2:
             assert weight.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(weight.mean().item()) <= std / 10, name
@@ -215,4 +216,4 @@ def test_fast_paths_agree_with_the_plain_one(fast, shape):
     tolerance = 2e-2 if "bf16" in fast else 1e-4
     assert fast_losses.mean().item() == pytest.approx(losses.mean().item(), rel=tolerance)
     for gradient, plain in zip(results, expected):
-        assert (gradient - plain).norm() <= 2 * tolerance * plain.norm()
+        assert (gradient - plain).norm() <= 3 * tolerance * plain.norm()

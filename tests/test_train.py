@@ -80,14 +80,24 @@ def test_the_learning_rate_warms_up_and_decays():
         assert [train.schedule(step, longer) for step in range(71)] == shares[:71]
 
 
-def test_each_optimizer_has_its_learning_rate():
-    for muon_learning_rate, wanted in ((0.0, 1.0), (3.0, 1.5)):
-        rates = dict(learning_rate=2.0, muon_learning_rate=muon_learning_rate, warmup_steps=4)
-        settings = TrainConfig(optimizer="muon", **rates)
-        optimizers = train.make_optimizers(make_model(**UNTIED), settings)
-        train.set_learning_rates(train.Run(settings, ALONE, None, None, None, optimizers), 1)
-        found = [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers]
-        assert found == [{1.0}, {wanted}]
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_each_kind_of_parameter_has_its_learning_rate(kind):
+    """And a place in the optimizer that does not depend on the rates, so that they may change."""
+    model, found, places = make_model(**UNTIED), [], []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = dict(muon_learning_rate=6.0, embedding_learning_rate=8.0, head_learning_rate=4.0)
+    for rates in ({}, own):
+        settings = TrainConfig(optimizer=kind, tie_embeddings=False, learning_rate=2.0, **rates)
+        optimizers = train.make_optimizers(model, settings)
+        train.set_learning_rates(train.Run(settings, ALONE, None, None, None, optimizers), 699)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        found.append({names[id(p)]: group["lr"] for group in groups for p in group["params"]})
+        places.append([id(p) for group in optimizers[0].param_groups for p in group["params"]])
+    assert places[0] == places[1] and set(found[0].values()) == {2.0}
+    for name, rate in found[1].items():
+        is_muon = kind == "muon" and name.startswith("h.") and model.get_parameter(name).dim() == 2
+        wanted = {"wte.weight": 8.0, "lm_head.weight": 4.0}.get(name, 6.0 if is_muon else 2.0)
+        assert rate == wanted, name
 
 
 @shapes
