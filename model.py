@@ -46,8 +46,8 @@ class ModelShape:
         if self.n_embd % self.n_head and not self.head_size:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
         if self.n_head % self.kv_heads:
-            message = f"must be a multiple of n_kv_head {self.n_kv_head}"
-            raise ValueError(f"n_head {self.n_head} {message}")
+            hint = f"a multiple of n_kv_head {self.n_kv_head}"
+            raise ValueError(f"n_head {self.n_head} must be {hint}")
         if self.arch == "qwen3" and self.head_width % 2:
             raise ValueError(f"head_size {self.head_width} must be even: RoPE rotates pairs")
         widths = (self.kv_heads, self.n_head * self.head_width, self.mlp_width)
@@ -77,7 +77,7 @@ class ModelShape:
 class GPTConfig(ModelShape):
     """A shape and the size of the vocabulary: all that a model is built from. Raises ValueError."""
 
-    vocab_size: int = 50257  # tokens the model can name
+    vocab_size: int = 50257  # tokens in the vocabulary
 
     def __post_init__(self):
         self.check_shape()
@@ -123,7 +123,7 @@ def attend(q, k, v, dropout: float, cache=None):
     cache: one layer of a KVCache, see GPT.next_logits. Vaswani et al. 2017, section 3.2.
     """
     dtype = q.dtype
-    if cache is None and q.is_cpu and q.size(1) < 512:  # PyTorch's kernel is slower in bfloat16
+    if cache is None and q.is_cpu and q.size(1) < 512:  # the CPU's kernel is slower in bfloat16
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D) and twice (B, K, T, D)
     mask = None  # without one, token t sees the tokens up to t
@@ -347,22 +347,22 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     @torch.no_grad()
-    def init_weights(self, seed: int, copy=torch.Tensor.copy_, wte_std: float = 0.02):
+    def init_weights(self, seed: int, copy=torch.Tensor.copy_, embedding_std=0.02):
         """Draw the initial weights on the CPU, each parameter's from (seed, its name) alone.
 
-        GPT-2's scheme: normal with standard deviation 0.02, and 0.02 / sqrt(2 n_layer) for the
-        projections into the residual stream. Qwen3's c_proj weights start at zero, so that each
-        block begins as the identity; an untied lm_head, too: all tokens are equally likely then.
-        wte_std: of the token embedding. copy(parameter, values) can keep a part of the values,
-        where a rank has a part.
+        GPT-2's scheme: normal with standard deviation 0.02 (wte: embedding_std), and
+        0.02 / sqrt(2 n_layer) for the projections into the residual stream. Qwen3's c_proj weights
+        start at zero, so that each block begins as the identity, and an untied lm_head, so that all
+        tokens are equally likely.
+        copy(parameter, values) can keep a part of the values, where a rank has a part.
         """
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        stds = {"c_proj": 0.02 / math.sqrt(2 * self.config.n_layer), "wte": embedding_std}
         zeros = ".bias" if self.config.arch == "gpt2" else ("c_proj.weight", "lm_head.weight")
         for name, parameter in self.named_parameters():
             if name.endswith(zeros):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                std = {"c_proj": residual_std, "wte": wte_std}.get(name.split(".")[-2], 0.02)
+                std = stds.get(name.split(".")[-2], 0.02)
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 copy(parameter, torch.empty(parameter.shape).normal_(0, std, generator=generator))
@@ -372,9 +372,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{name} has no initialiser")
 
     def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """The blocks' 2-D weights, for Muon, and how many matrices each stacks: one per head of
-        queries, keys and values.
-        """
+        """The blocks' 2-D weights, for Muon, and how many matrices each stacks: heads are apart."""
         H, K = self.config.n_head, self.config.kv_heads
         stacked = {"c_attn": 3 * H, "c_q": H, "c_k": K, "c_v": K}
         weights = self.h.named_parameters()

@@ -1,8 +1,8 @@
 """Muon: momentum, made orthogonal before it moves a matrix. Jordan et al. 2024.
 
-AdamW has a moment for each weight and never sees that the weights form a matrix. Muon treats the
-gradient of a matrix as one: it replaces the momentum by the nearest matrix that stretches no
-direction more than another, so that rare directions learn as fast as common ones.
+AdamW scales each weight's update by itself and never sees that the weights form a matrix. Muon
+treats the gradient of a matrix as one: it replaces the momentum by the nearest matrix that
+stretches no direction more than another, so that rare directions learn as fast as common ones.
 """
 
 import math
@@ -38,17 +38,17 @@ class Muon(torch.optim.Optimizer):
         moments = [self.state[weight]["momentum"] for weight in weights]
         updates = self.advance(weights, [weight.grad for weight in weights], moments)
         for shape, pairs in self.by_shape(weights, updates).items():
-            matrices, directions = zip(*pairs)
+            matrices, updates = zip(*pairs)
             dtype = torch.bfloat16 if matrices[0].is_cuda else matrices[0].dtype
             batch = matrices[0].new_empty(len(matrices), *shape, dtype=dtype)
-            torch._foreach_copy_(batch.unbind(), directions)
-            self.move(matrices, split(orthogonalize, batch), max(shape))
+            torch._foreach_copy_(batch.unbind(), updates)  # no batch in fp32 is needed
+            self.move(matrices, orthogonalize_on_ranks(batch), max(shape))
 
     def advance(self, weights: list, gradients: list, moments: list) -> list:
-        """Move the moments, shrink the weights by weight decay; return the directions to go."""
+        """Move the moments, shrink the weights by weight decay; return the updates."""
         [group] = self.param_groups
         momentum, lr = group["momentum"], group["lr"] * (1 - self.found_inf)
-        if isinstance(self.found_inf, torch.Tensor):  # a moment does not move towards itself
+        if isinstance(self.found_inf, torch.Tensor):  # a step towards itself changes no moment
             pairs = zip(moments, gradients)
             gradients = [torch.where(self.found_inf > 0, m, gradient) for m, gradient in pairs]
         torch._foreach_lerp_(moments, gradients, 1 - momentum)
@@ -59,7 +59,8 @@ class Muon(torch.optim.Optimizer):
         """Subtract orthogonal matrices, of which `width` is the longer side, from the weights."""
         lr = self.param_groups[0]["lr"] * (1 - self.found_inf)
         scale = 0.2 * math.sqrt(width)  # orthogonal: a mean square of 1 / width
-        torch._foreach_add_(weights, (orthogonal * (-lr * scale)).unbind())
+        updates = orthogonal.to(weights[0].dtype).mul_(-lr * scale)  # one type: few kernels
+        torch._foreach_add_(weights, updates.unbind())
 
     def by_shape(self, weights, updates) -> dict:
         """Pairs of a matrix and its update by their shape; stacked matrices are taken apart."""
@@ -70,14 +71,14 @@ class Muon(torch.optim.Optimizer):
         return pairs
 
 
-def split(function, batch: torch.Tensor) -> torch.Tensor:
-    """function(batch), of which each rank computes an equal part."""
+def orthogonalize_on_ranks(batch: torch.Tensor) -> torch.Tensor:
+    """orthogonalize(batch), of which each rank computes an equal part."""
     if not dist.is_initialized():
-        return function(batch)
+        return orthogonalize(batch)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     count = math.ceil(len(batch) / world_size)
     indices = torch.arange(count, device=batch.device) + rank * count
-    part = function(batch[indices % len(batch)]).contiguous()  # the last may repeat the first
+    part = orthogonalize(batch[indices % len(batch)]).contiguous()  # the first ones fill it up
     result = part.new_empty(count * world_size, *part.shape[1:])
     dist.all_gather_into_tensor(result, part)
     return result[: len(batch)]

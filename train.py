@@ -63,7 +63,7 @@ class TrainConfig(ModelShape):
     micro_batch_size: int = 0  # sequences a device holds at once; 0 = found by trying on a GPU
     max_steps: int = 19073  # optimizer steps; 19,073 of 0.5M tokens are 10B
     learning_rate: float = 6e-4  # peak, after warm-up
-    min_lr: float = 6e-5  # where the decay ends; Muon's rate falls by the same factor
+    min_lr: float = 6e-5  # where learning_rate's decay ends; other rates fall by the same factor
     warmup_steps: int = 700  # steps of linear warm-up to learning_rate
     decay: str = "cosine"  # how the learning rate falls: cosine or linear
     decay_steps: int = 0  # steps of decay at the end, after a plateau; 0 = all after warm-up
@@ -72,10 +72,10 @@ class TrainConfig(ModelShape):
     beta1: float = 0.9  # AdamW: decay of the gradient's mean
     beta2: float = 0.95  # AdamW: decay of the squared gradient's mean
     muon_learning_rate: float = 0.0  # peak for Muon's matrices; 0 = learning_rate
-    embedding_learning_rate: float = 0.0  # peak for the token embedding; 0 = learning_rate
-    head_learning_rate: float = 0.0  # peak for an untied head; 0 = learning_rate
-    embedding_std: float = 0.02  # standard deviation of the token embedding's first values
     muon_momentum: float = 0.95  # Muon: decay of the gradient's mean
+    embedding_learning_rate: float = 0.0  # peak for the token embedding; 0 = learning_rate
+    head_learning_rate: float = 0.0  # peak for the head, if it is not tied; 0 = learning_rate
+    embedding_std: float = 0.02  # standard deviation of the token embedding's initial values
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     eval_interval: int = 250  # steps between validations; one more follows the last step
     eval_tokens: int = 10 * 1024 * 1024  # tokens of each dataset that a validation scores
@@ -119,8 +119,6 @@ class TrainConfig(ModelShape):
             raise ValueError(f"a plan is for a new model: {self.init_from} has its own shape")
         if self.init_from == "auto" and self.overwrite:
             raise ValueError("init_from auto continues a run, overwrite loses it: choose one")
-        if self.head_learning_rate and self.tie_embeddings and not self.fine_tunes:
-            raise ValueError("head_learning_rate has no effect: the head is the embedding, tied")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} exceeds learning_rate {self.learning_rate}")
         if self.warmup_steps + self.decay_steps > self.max_steps:
@@ -317,8 +315,9 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict) -
     if mode == "auto":
         tokens = settings.max_steps * settings.batch_tokens / ranks.world_size
         flops = model.flops_per_token(settings.block_size) * tokens
-        mode = before.get("compile", "on").replace("on", "")  # 0.1 knew on and off
-        mode = mode or hardware.choose_compile(ranks.device, dtype, flops)
+        mode = before.get("compile", "on")
+        if mode == "on":  # no checkpoint, or 0.1's, which knew on and off
+            mode = hardware.choose_compile(ranks.device, dtype, flops)
         mode = "blocks" if mode == "model" and settings.parallel != "ddp" else mode
     size = settings.micro_batch_size
     now = [dtype, settings.activation_checkpointing, ranks.world_size]
@@ -534,7 +533,8 @@ def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Te
     """Print a line about the step just done and add it to metrics.jsonl. Waits for the device."""
     stop_if_not_finite(run)
     speed, words = meter.measure(run.step)
-    memory, rate = hardware.memory_gib(run.ranks.device), run.optimizers[0].param_groups[-1]["lr"]
+    memory = hardware.memory_gib(run.ranks.device)
+    rate = run.settings.learning_rate * schedule(run.step - 1, run.settings)
     values = {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": rate}
     if run.step == 1 or run.step % run.settings.log_interval == 0:  # not where a run continues
         run.record(step=run.step, **values, **speed, memory_gib=memory)
@@ -545,18 +545,22 @@ def log_step(run: Run, meter: log.Meter, loss: torch.Tensor, grad_norm: torch.Te
 def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     """AdamW (Loshchilov & Hutter 2019), and Muon for the blocks' matrices if asked for."""
     matrices = model.matrices() if settings.optimizer == "muon" else []
-    taken, groups = {id(weight) for weight, _ in matrices}, defaultdict(list)
-    own = dict(wte=settings.embedding_learning_rate, lm_head=settings.head_learning_rate)
-    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[1].dim() < 2):
-        if id(parameter) not in taken:
-            decay = settings.weight_decay if parameter.dim() >= 2 else 0.0
-            groups[own.get(name.split(".")[0]) or settings.learning_rate, decay].append(parameter)
-    groups = [dict(params=g, peak=peak, weight_decay=decay) for (peak, decay), g in groups.items()]
+    for_muon, kinds = {id(weight) for weight, _ in matrices}, defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in for_muon:
+            kinds[name.split(".")[0] if parameter.dim() >= 2 else "vectors"].append(parameter)
+    kinds["vectors"] = kinds.pop("vectors")  # last: a checkpoint has moments in this order
+    peaks = dict(wte=settings.embedding_learning_rate, lm_head=settings.head_learning_rate)
+    groups = []
+    for kind, parameters in kinds.items():  # wte, wpe, h, lm_head, vectors
+        decay = 0.0 if kind == "vectors" else settings.weight_decay
+        peak = peaks.get(kind) or settings.learning_rate
+        groups.append(dict(params=parameters, peak=peak, weight_decay=decay))
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
     if not matrices:
         return [adamw]
-    kind = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
-    muon = kind(matrices, settings.muon_momentum, settings.weight_decay)
+    muon_class = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
+    muon = muon_class(matrices, settings.muon_momentum, settings.weight_decay)
     muon.param_groups[0]["peak"] = settings.muon_learning_rate or settings.learning_rate
     return [adamw, muon]
 

@@ -1,13 +1,13 @@
-"""Qwen3's architecture with Muon, as many operations per token and tokens as gpt2_124m.py.
+"""Qwen3's architecture with Muon: operations per token and number of tokens as gpt2_124m.py.
 
 python prepare_data.py fineweb-10b-gpt2
 torchrun --standalone --nproc_per_node=8 train.py config/qwen3_124m.py
 
 The first command downloads 20.8 GB; for your own text add --dataset=NAME to the second.
-Not yet run to its end. The rates are the best of those tried on one H200, torch 2.11, 2026-11-26,
-with --dataset=books --batch_tokens=65536 --max_steps=175 --warmup_steps=45 --rope_theta=300
---muon_learning_rate=5.6e-3 --muon_momentum=0.85 --beta1=0.8, which suits so short a run: validation
-loss 4.440 nats per token on unseen books, the mean of three seeds. See docs/results.md.
+Not yet run to its end. One H200, torch 2.11, 2026-11-26, with settings for a short run
+(--dataset=books --batch_tokens=65536 --max_steps=175 --warmup_steps=45 --rope_theta=300
+--muon_learning_rate=5.6e-3 --muon_momentum=0.85 --beta1=0.8): validation loss 4.440 nats per token
+on unseen books, the mean of three seeds. See docs/results.md.
 """
 
 out_dir = "out/qwen3_124m"
@@ -18,15 +18,15 @@ n_layer = 12
 n_head = 6  # heads of 128, as Qwen3's; twelve of 64: 4.771, not 4.715 (one seed, other rates)
 n_embd = 768
 block_size = 1024
-tie_embeddings = False  # 39M more parameters, which are only looked up; for rates of their own
-embedding_std = 0.6
+tie_embeddings = False  # 39M more parameters, for a lookup: embedding and head need other rates
+embedding_std = 0.6  # with such a learning rate better than 0.02
 batch_tokens = 512 * 1024
 max_steps = 19073
 optimizer = "muon"
-learning_rate = 1.2e-2  # of the vectors
+learning_rate = 1.2e-2  # of the norms
 muon_learning_rate = 4e-3  # of the matrices
-embedding_learning_rate = 0.24
+embedding_learning_rate = 0.24  # 20 times the norms'
 head_learning_rate = 7.2e-3
-min_lr = 1.2e-3
+min_lr = 1.2e-3  # a tenth, for all: 0 was worse
 warmup_steps = 700
 decay = "linear"

@@ -1,4 +1,4 @@
-"""Shakespeare by the byte: blocks, width, context and number of tokens of nanoGPT's CPU recipe.
+"""Shakespeare by the byte, in the size of nanoGPT's CPU recipe and with as many tokens.
 
 python train.py config/shakespeare.py
 

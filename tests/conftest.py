@@ -27,9 +27,9 @@ FIXTURES = ROOT / "tests" / "fixtures"  # written by groundup 0.1
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 KINDS = {  # options of tiny runs: one of each architecture and optimizer
     "gpt2": [],
-    "qwen3": ["--arch=qwen3", "--n_kv_head=1", "--tie_embeddings=False", "--optimizer=muon"],
+    "qwen3": ["--arch=qwen3", "--n_kv_head=1", "--tie_embeddings=False", "--optimizer=muon"]
+    + ["--embedding_learning_rate=1e-2"],
 }
-KINDS["qwen3"] += ["--embedding_learning_rate=1e-2"]
 SIZES = dict(vocab_size=97, block_size=24, n_layer=2, n_head=2, n_embd=32)
 QWEN3 = dict(arch="qwen3", n_head=4, n_kv_head=2, head_size=16, intermediate_size=40)
 UNTIED = QWEN3 | dict(tie_embeddings=False)
@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def compiling_afresh():
-    """After a number of variants torch silently stops to compile: none of earlier tests count."""
+def reset_compiler():
+    """torch silently stops compiling after some variants of a function: each test starts anew."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 

@@ -164,7 +164,6 @@ BAD_SETTINGS = [
     ("train --device=gpu", "device is 'gpu' and must be one of auto, cpu, cuda, mps"),
     ("train --optimizer=sgd", "optimizer is 'sgd' and must be one of adamw, muon"),
     ("train --init_from=gpt2 --n_layer=2", "n_layer has no effect: gpt2 has its own shape"),
-    ("train --head_learning_rate=1e-3", "head_learning_rate has no effect: the head is the"),
     ("sample --temperature=-1", "temperature is -1.0 and must be at least 0"),
     ("sample --top_p=1.1", "top_p is 1.1, min_p 0.0: both must be at most 1"),
     ("sample --min_p=-0.1", "min_p is -0.1 and must be at least 0"),

@@ -23,7 +23,8 @@ def trained(shape: dict, dtype: str, steps: int = 20) -> tuple[GPT, list[float]]
     model, tokens, losses = make_model(**shape), random_tokens(2, 16), []
     hardware.set_dtype(model, dtype, CPU)
     [optimizer] = make_optimizers(model, TrainConfig())
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
     for _ in range(steps):
         loss = model(tokens, tokens.roll(-1, 1)).mean()
         loss.backward()

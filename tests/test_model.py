@@ -91,13 +91,13 @@ def test_dropout_acts_in_training_alone(shape):
     assert torch.equal(model.eval().logits(tokens), plain.logits(tokens))
 
 
-def fresh(seed=1, wte_std=0.02, **changes) -> dict[str, torch.Tensor]:
+def fresh(seed=1, embedding_std=0.02, **changes) -> dict[str, torch.Tensor]:
     """The weights of a model after init_weights, by name."""
     model = GPT(GPTConfig(**SIZES | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # what an initialiser leaves out shows
-    model.init_weights(seed, wte_std=wte_std)
+    model.init_weights(seed, embedding_std=embedding_std)
     return dict(model.named_parameters())
 
 
@@ -117,12 +117,12 @@ def test_initial_weights_depend_on_seed_and_name_alone(shape):
 
 @shapes
 def test_initial_scales(shape):
-    for name, weight in fresh(**shape | dict(n_layer=8, n_embd=128), wte_std=0.6).items():
+    for name, weight in fresh(**shape | dict(n_layer=8, n_embd=128), embedding_std=0.6).items():
         if name.endswith("c_proj.weight") and "arch" not in shape:
             std = 0.02 / 4  # 4 is the root of the 2 x 8 additions to the residual stream
         else:
             std = 0.0 if name.endswith(("c_proj.weight", "lm_head.weight")) else 0.02
-            std = 0.6 if name == "wte.weight" else std
+            std = {"wte.weight": 0.6}.get(name, std)
         if weight.dim() == 2:
             assert weight.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(weight.mean().item()) <= std / 10, name
