@@ -1,4 +1,4 @@
-"""The processes that train together, one per device: their sums, their failures and their end."""
+"""The processes that train together, one per device: sums, requests to stop, failures, the end."""
 
 import contextlib
 import os
@@ -119,6 +119,30 @@ def stop_without_launcher():
     while not launcher_is_gone():
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def catch_stop_requests(run):
+    """Signals ask a run to stop. Only a Ctrl-C more than two seconds later ends it at once."""
+
+    def request(number, frame):
+        now = time.monotonic()
+        run.stop_requested = run.stop_requested or now
+        if number == signal.SIGINT and now > run.stop_requested + 2:
+            raise KeyboardInterrupt
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
+    handlers = {number: signal.signal(number, request) for number in numbers}
+    try:
+        yield
+    except Exception:  # a launcher's SIGTERM, which follows, must not end what is being written
+        if run.writer:
+            run.writer.pool.shutdown()
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

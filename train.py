@@ -14,7 +14,6 @@ import contextlib
 import math
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -39,7 +38,7 @@ from hashing import hash_numbers
 from mixture import Mixture, parse_mixture
 from model import GPT, GPTConfig, ModelShape
 from muon import Muon
-from ranks import Ranks, launcher_is_gone, start_ranks
+from ranks import Ranks, catch_stop_requests, launcher_is_gone, start_ranks
 
 BUCKET_MB = 100  # of gradients that DDP sums at once, while the backward makes others
 LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=full needs less"
@@ -458,30 +457,6 @@ def to_device(windows: np.ndarray, device: torch.device):
         batch = batch.pin_memory().to(device, non_blocking=True)
     batch = batch.to(device)
     return batch[:, :-1].contiguous(), batch[:, 1:].clone()  # of one window the first is a view
-
-
-@contextlib.contextmanager
-def catch_stop_requests(run: Run):
-    """Signals ask the loop to stop. Only a Ctrl-C more than two seconds later ends it at once."""
-
-    def request(number, frame):
-        now = time.monotonic()
-        run.stop_requested = run.stop_requested or now
-        if number == signal.SIGINT and now > run.stop_requested + 2:
-            raise KeyboardInterrupt
-
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
-    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
-    handlers = {number: signal.signal(number, request) for number in numbers}
-    try:
-        yield
-    except Exception:  # a launcher's SIGTERM, which follows, must not end what is being written
-        if run.writer:
-            run.writer.pool.shutdown()
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def update_weights(run: Run, loss: torch.Tensor) -> torch.Tensor:
