@@ -96,7 +96,7 @@ class Dataset:
         """
         positions = np.arange(first, first + count)
         epochs, number = np.unique(positions // len(self.train), return_inverse=True)
-        moves = [epoch and hash_numbers(seed, int(epoch)) % self.block_size for epoch in epochs]
+        moves = [hash_numbers(seed, int(n)) % self.block_size if n else 0 for n in epochs]
         indices = window_order(seed, first, count, len(self.train))
         return self.train.read(indices, np.array(moves)[number])
 
@@ -106,8 +106,8 @@ class Dataset:
         hash_all: compare the content of shards also where they have HASHED_BYTES or more.
         is_known: shards without a manifest were verified before, as their fingerprint shows.
         """
-        total, done = sum(shard.bytes for shard in self.shards), 0
-        hash_all, entries = hash_all or total < HASHED_BYTES, self.tokenizer.vocab_size
+        total, entries = sum(shard.bytes for shard in self.shards), self.tokenizer.vocab_size
+        hash_all, done = (hash_all or total < HASHED_BYTES), 0
         with Progress("bytes verified", total) as progress:
             for shard, record in zip(self.shards, self.records["train"] + self.records["val"]):
                 if self.manifest and hash_all and sha256_of(shard.path) != record["sha256"]:
