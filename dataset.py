@@ -328,6 +328,11 @@ def read_manifest(folder: Path) -> dict:
     are_plain = all(Path(name).name == name and name.isprintable() for name in names)
     if len(set(names)) < len(names) or not are_plain:
         raise Failure(f"{path} names a shard twice, or one that is not in {folder}")
+    splits = [manifest["splits"][split] for split in SPLITS]
+    compressors = [split.get("compressed_bits_per_byte", {}) for split in splits]
+    counts = [split[unit] for split in splits for unit in ("bytes", "tokens")]
+    if not all(0 < n < 2**63 for n in counts) or not all(isinstance(c, dict) for c in compressors):
+        raise Failure(f"{path} is damaged: it has impossible counts")
     return manifest
 
 
