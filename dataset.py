@@ -41,7 +41,6 @@ HASHED_BYTES = 2_000_000_000  # smaller datasets are hashed whole at each start
 # of header (magic, version, number of tokens, zeros), then the tokens, of a type by the magic.
 HEADER_INTS = 256
 MAGIC_AND_VERSION = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}
-NO_HEADER = "nanoGPT's .bin and build-nanogpt's .npy have no header: prepare the text here"
 
 
 class Dataset:
@@ -54,18 +53,15 @@ class Dataset:
     def __init__(self, folder: Path, block_size: int, tokenizer: str = "", pattern: str = ""):
         self.folder, self.block_size = folder, block_size
         self.manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
+        self.records = {split: self.find_records(split) for split in SPLITS}
         if self.manifest:
             self.tokenizer = read_tokenizer(folder, self.manifest["tokenizer"])
         elif tokenizer:
             self.tokenizer = load_tokenizer(tokenizer, pattern, folder.parent / "downloads")
         else:
             hint = "name the tokenizer of its shards, as in --tokenizer=gpt2"
-            if (folder / "train.bin").exists() or any(folder.glob("*.npy")):
-                hint = NO_HEADER
             raise Failure(f"{folder} has no manifest.json; {hint}")
-        self.records = {split: self.find_records(split) for split in SPLITS}
-        self.train = self.open_split("train")
-        self.val = self.open_split("val")
+        self.train, self.val = map(self.open_split, SPLITS)
         self.shards = self.train.shards + self.val.shards
         self.parts, self.shares = [self], [1.0]  # as a Mixture's
 
@@ -76,8 +72,8 @@ class Dataset:
         names = (f"*_{split}_[0-9]*.bin", f"*_{split}.bin")
         paths = sorted(path for name in names for path in self.folder.glob(name))
         if not paths:
-            name = f"fineweb_{split}_000001.bin"
-            raise Failure(f"{self.folder} has no shards like {name}; {NO_HEADER}")
+            hint = "nanoGPT's .bin and build-nanogpt's .npy have no header: prepare the text here"
+            raise Failure(f"{self.folder} has no shards like fineweb_{split}_000001.bin; {hint}")
         return [{"file": path.name} for path in paths]
 
     def open_split(self, split: str) -> "Windows":
@@ -100,7 +96,7 @@ class Dataset:
         """
         positions = np.arange(first, first + count)
         epochs, number = np.unique(positions // len(self.train), return_inverse=True)
-        moves = [epoch and hash_numbers(seed, int(epoch)) % self.block_size for epoch in epochs]
+        moves = [hash_numbers(seed, int(n)) % self.block_size if n else 0 for n in epochs]
         indices = window_order(seed, first, count, len(self.train))
         return self.train.read(indices, np.array(moves)[number])
 
@@ -110,15 +106,15 @@ class Dataset:
         hash_all: compare the content of shards also where they have HASHED_BYTES or more.
         is_known: shards without a manifest were verified before, as their fingerprint shows.
         """
-        total, done = sum(shard.bytes for shard in self.shards), 0
-        hash_all, entries = hash_all or total < HASHED_BYTES, self.tokenizer.vocab_size
+        total, entries = sum(shard.bytes for shard in self.shards), self.tokenizer.vocab_size
+        hash_all, done = (hash_all or total < HASHED_BYTES), 0
         with Progress("bytes verified", total) as progress:
             for shard, record in zip(self.shards, self.records["train"] + self.records["val"]):
                 if self.manifest and hash_all and sha256_of(shard.path) != record["sha256"]:
                     raise Failure(f"{shard.path} is not the shard that manifest.json was made with")
                 largest_id = record.get("largest_id")
                 if type(largest_id) is not int and (self.manifest or hash_all or not is_known):
-                    largest_id = shard.largest_id()
+                    largest_id = int(shard.read(0, shard.count).max(initial=0))
                 if (largest_id or 0) >= entries:
                     what = f"{shard.path} has token {largest_id}, its tokenizer {entries} entries"
                     raise Failure(f"{what}; name the one it was made with (--tokenizer)")
@@ -143,7 +139,7 @@ class Dataset:
 
     def describe(self, tokens: float) -> str:
         """How much training text there is, and how often a run of so many tokens reads it."""
-        count = self.train.count_tokens()
+        count = sum(shard.count for shard in self.train.shards)
         return f"{count:,} training tokens of {self.folder.name} ({tokens / count:.2f} epochs)"
 
     def bits_per_byte(self, loss: float) -> float:
@@ -181,21 +177,18 @@ class Windows:
     def __len__(self) -> int:
         return int(self.first_windows[-1])
 
-    def count_tokens(self) -> int:
-        return sum(shard.count for shard in self.shards)
-
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """The windows with these indices, int64 (len(indices), block_size + 1)."""
-        return self.read(indices, np.zeros(len(indices), dtype=np.int64))
+        return self.read(indices, 0)
 
-    def read(self, indices: np.ndarray, moves: np.ndarray) -> np.ndarray:
+    def read(self, indices: np.ndarray, moves: np.ndarray | int) -> np.ndarray:
         """The same, cut `moves` tokens later; after the end of a shard comes its start."""
         windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
         numbers = np.searchsorted(self.first_windows, indices, side="right") - 1
-        for row, number in enumerate(numbers):
+        starts = (indices - self.first_windows[numbers]) * self.block_size + moves
+        for row, (number, start) in enumerate(zip(numbers, starts.tolist())):
             shard = self.shards[number]
-            start = int(indices[row] - self.first_windows[number]) * self.block_size
-            start = (start + int(moves[row])) % shard.count
+            start %= shard.count
             tokens = shard.read(start, min(start + self.block_size + 1, shard.count))
             windows[row, : len(tokens)] = tokens
             if rest := self.block_size + 1 - len(tokens):
@@ -210,10 +203,8 @@ def window_order(seed: int, first: int, count: int, windows: int) -> np.ndarray:
     epoch): each window is seen exactly once per epoch.
     """
     epochs, positions = np.divmod(np.arange(first, first + count), windows)
-    parts = []
-    for epoch in np.unique(epochs):
-        key = hash_numbers(seed, int(epoch))
-        parts.append(shuffle(positions[epochs == epoch], windows, key))
+    keys = {epoch: hash_numbers(seed, int(epoch)) for epoch in np.unique(epochs)}
+    parts = [shuffle(positions[epochs == epoch], windows, key) for epoch, key in keys.items()]
     return np.concatenate(parts)
 
 
@@ -271,12 +262,6 @@ class Shard:
             raise OSError(f"{self.path} has become shorter since it was opened")
         return tokens
 
-    def largest_id(self) -> int:
-        """The largest token, which takes reading all of them."""
-        starts = range(0, self.count, 2**24)
-        parts = (self.read(start, min(start + 2**24, self.count)) for start in starts)
-        return max((int(part.max()) for part in parts), default=0)
-
 
 class ShardWriter(contextlib.AbstractContextManager):
     """Writes the tokens of one split as shards of at most shard_tokens; use it in a `with`."""
@@ -285,7 +270,6 @@ class ShardWriter(contextlib.AbstractContextManager):
         self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.file = None  # the shard that is being written
-        self.count = self.largest_id = 0  # of the tokens in that shard
         self.records = []  # of finished shards, for the manifest
 
     def __exit__(self, *_):
@@ -340,11 +324,11 @@ def read_manifest(folder: Path) -> dict:
     check_version(path, manifest, MANIFEST_VERSION)
     if not has_layout(manifest, MANIFEST):
         raise Failure(f"{path} is damaged: an entry is missing; prepare the dataset again")
-    splits = [manifest["splits"][split] for split in SPLITS]
-    names = [shard["file"] for split in splits for shard in split["shards"]]
+    names = [shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]]
     are_plain = all(Path(name).name == name and name.isprintable() for name in names)
     if len(set(names)) < len(names) or not are_plain:
         raise Failure(f"{path} names a shard twice, or one that is not in {folder}")
+    splits = [manifest["splits"][split] for split in SPLITS]
     compressors = [split.get("compressed_bits_per_byte", {}) for split in splits]
     counts = [split[unit] for split in splits for unit in ("bytes", "tokens")]
     if not all(0 < n < 2**63 for n in counts) or not all(isinstance(c, dict) for c in compressors):

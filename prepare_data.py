@@ -288,22 +288,17 @@ def make_reader(settings: PrepareConfig, sources, **options) -> Reader:
 def download_named(settings: PrepareConfig) -> list[Path]:
     """The files of a named dataset: of this Python, or kept in data/downloads."""
     named, downloads = settings.named, settings.downloads
-    if settings.name == "stdlib":
-        return stdlib_files()
+    if settings.name == "stdlib":  # without its tests
+        root = Path(sysconfig.get_path("stdlib"))
+        left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        modules = sorted(root.rglob("*.py"))
+        return [path for path in modules if not left_out & set(path.relative_to(root).parts)]
     if settings.name == "shakespeare":
         path = downloads / "tinyshakespeare.txt"
         return [files.fetch(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256, SHAKESPEARE_BYTES)]
     source = dict(repo_type="dataset", revision=named.revision, folder=downloads / settings.name)
     folder = files.hub_snapshot(named.repository, [named.pattern], **source)
     return sorted(folder.glob(named.pattern))
-
-
-def stdlib_files() -> list[Path]:
-    """The modules of the running Python's standard library, without tests: 12 MB of real text."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    modules = sorted(root.rglob("*.py"))
-    return [path for path in modules if not left_out & set(path.relative_to(root).parts)]
 
 
 # Reading, cleaning, deduplication
@@ -313,12 +308,11 @@ def collect_contamination(settings: PrepareConfig, work: Path) -> Path | None:
     """A file of the n-grams in the texts that --decontaminate names; None where it names none."""
     if not settings.decontaminate:
         return None
-    source, ngrams = settings.decontaminate, []
+    source, strict = settings.decontaminate, replace(settings, on_error="stop")
     advice = "it is read with the settings of --source, and skips no errors"
-    strict = replace(settings, on_error="stop")
     reader = make_reader(strict, source, setting="decontaminate", advice=advice)
-    for text, _ in reader:
-        ngrams.append(dedupe.text_ngrams(normalize(text) if settings.clean != "none" else text))
+    clean = normalize if settings.clean != "none" else str
+    ngrams = [dedupe.text_ngrams(clean(text)) for text, _ in reader]
     short, words = sum(not len(hashes) for hashes in ngrams), dedupe.CONTAMINATION_WORDS
     skipped = f"; skipped: {reader.tally}" if reader.tally.documents else ""
     if short == len(ngrams):

@@ -69,8 +69,7 @@ class Tokenizer:
             raise Failure(f"{self.name}: {count} tokens have the id {number}")
         self.vocab_size = max(numbers) + 1
         self.bytes_of = {n: name.encode(errors="replace") for name, n in self.special_ids.items()}
-        self.bytes_of |= {n: token for token, n in self.ids.items()}
-        self.bytes_of[self.end_of_text] = b""
+        self.bytes_of |= {n: token for token, n in self.ids.items()} | {self.end_of_text: b""}
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self.special_regex = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         options = dict(mergeable_ranks=self.ids, special_tokens={END_OF_TEXT: self.end_of_text})
@@ -112,10 +111,10 @@ class Tokenizer:
     def encode_text(self, text: str) -> np.ndarray:
         """The tokens of `text`, uint32; no characters in it become a special token."""
         text = normalize(text, self.pattern)
-        if not has_long_space(text):
+        stretches = (text[start : start + STRETCH] for start in range(0, len(text), STRETCH))
+        if not any(map(str.isspace, stretches)):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        # slower, by another regex engine
-        pieces = regex.findall(PATTERNS[self.pattern], text)
+        pieces = regex.findall(PATTERNS[self.pattern], text)  # slower, but never fails
         encode = self.encoding._encode_single_piece
         return np.array([n for piece in pieces for n in encode(piece.encode())], np.uint32)
 
@@ -139,7 +138,7 @@ class Tokenizer:
         return "".join(lines)
 
     def same_ids(self, other: "Tokenizer") -> bool:
-        """Whether both have the same tokens, pattern and end-of-text."""
+        """Whether both have the same tokens, added ones, too, the same pattern and end-of-text."""
         mine = self.to_text(), self.pattern, self.added_tokens
         return mine == (other.to_text(), other.pattern, other.added_tokens)
 
@@ -155,12 +154,6 @@ def pattern_of(record: dict) -> str:
     # Records of 0.1 lack it: their name ends in the pattern (bpe:8192:gpt4), or it is gpt2
     ending = str(record.get("name")).rpartition(":")[2]
     return str(record.get("pattern") or (ending if ending in PATTERNS else "gpt2"))
-
-
-def has_long_space(text: str) -> bool:
-    """Whether a stretch of the text is white space. Twice STRETCH of it holds a whole stretch."""
-    stretches = (text[start : start + STRETCH] for start in range(0, len(text), STRETCH))
-    return any(stretch.isspace() for stretch in stretches)
 
 
 def count_pieces(texts: Iterable[str], pattern: str) -> Counter:
