@@ -108,16 +108,6 @@ def export(settings: SampleConfig):
     print(f"{folder}: AutoModelForCausalLM and AutoTokenizer load it", file=sys.stderr)
 
 
-def continue_prompt(model: GPT, tokenizer: Tokenizer, prompt: str):
-    """Print how a model that was just trained continues a prompt."""
-    with model.wte.weight.device:
-        copy = GPT(model.config)  # that is not compiled
-    copy.load_state_dict(model.state_dict())
-    prepare_to_decode(copy, model.wte.weight.device, "auto")
-    settings = SampleConfig(prompt=prompt, max_new_tokens=120)
-    print_samples(copy, tokenizer, read_prompts(settings), settings)
-
-
 def read_prompts(settings: SampleConfig) -> list[dict]:
     """The prompts, each {"prompt": text} and whatever else its line of JSON has. Raises Failure."""
     if not settings.prompts:
@@ -424,7 +414,6 @@ def prepare_to_decode(model: GPT, device: torch.device, dtype: str):
     """Move the model, in eval mode. On a CPU, wide weights are stored transposed: faster."""
     name = hardware.best_dtype(device) if dtype == "auto" else dtype
     model.to(device, getattr(torch, name)).eval()
-    model.dtype = None  # that of the weights
     for layer in model.modules() if device.type == "cpu" else []:
         if isinstance(layer, torch.nn.Linear) and layer.out_features > layer.in_features:
             layer.weight.data = layer.weight.data.T.contiguous().T
