@@ -39,11 +39,7 @@ OWN_ENTRIES = {"sample", "text", "tokens", "mean_logprob", "ended"}  # of each o
 
 @dataclass
 class SampleConfig:
-    """Let a trained model continue prompts, or export it.
-
-    The next token is drawn from the model's probabilities after, in this order: repetition_penalty,
-    temperature, top_k, top_p, min_p.
-    """
+    """Let a trained model continue prompts, or export it."""
 
     checkpoint: str = ""  # .pt file, run's folder, or model (gpt2, folder, OWNER/NAME); "" = newest
     out_dir: str = "out"  # folder of the runs
@@ -54,11 +50,11 @@ class SampleConfig:
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 256  # longest continuation; an end-of-text can end it earlier
     batch_size: int = 32  # continuations decoded at once
-    temperature: float = 0.8  # below 1 favours likely tokens; 0 = always the most likely (greedy)
-    top_k: int = 200  # choose among the k most likely tokens; 0 = off
+    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely; 1 = off
+    temperature: float = 0.8  # then: below 1 favours likely tokens; 0 = the most likely (greedy)
+    top_k: int = 200  # then choose among the k most likely tokens; 0 = off
     top_p: float = 1.0  # then among the fewest whose probabilities sum to this; 1 = off
     min_p: float = 0.0  # then among those at least this share as likely as the first; 0 = off
-    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely; 1 = off
     stop: str = ""  # texts that end a continuation and are not shown, separated by |; \n = newline
     seed: int = 1337  # the same seed gives the same text on the same machine
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
