@@ -183,8 +183,7 @@ def complete(model: GPT, tokenizer: Tokenizer, records: list[dict], settings: Sa
     noise = np.stack([generator.random(new, dtype=np.float32) for generator in generators])
     columns = generate(model, prompts, noise, tokenizer.vocab_size, settings)
     copies = tee(columns, len(prompts))  # each row reads on its own, what is generated once
-    pairs = enumerate(zip(records, copies))
-    return [Completion(tokenizer, settings, record, row, copy) for row, (record, copy) in pairs]
+    return [Completion(tokenizer, settings, records[n], n, copy) for n, copy in enumerate(copies)]
 
 
 class Completion:
@@ -240,8 +239,6 @@ class Completion:
         mean = sum(self.logprobs) / count if count else None
         return self.record | dict(text=self.text, tokens=count, mean_logprob=mean, ended=self.ended)
 
-
-# Decoding: prefilling reads a prompt into the cache at once; each step then adds one token
 
 PREFILL_TOKENS = 1 << 16  # of prompts, read at once
 GPU_STEPS = 32  # between two copies of tokens from a GPU
