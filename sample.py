@@ -39,11 +39,7 @@ OWN_ENTRIES = {"sample", "text", "tokens", "mean_logprob", "ended"}  # of each o
 
 @dataclass
 class SampleConfig:
-    """Let a trained model continue prompts, or export it.
-
-    The next token is drawn from the model's probabilities after, in this order: repetition_penalty,
-    temperature, top_k, top_p, min_p.
-    """
+    """Let a trained model continue prompts, or export it."""
 
     checkpoint: str = ""  # .pt file, run's folder, or model (gpt2, folder, OWNER/NAME); "" = newest
     out_dir: str = "out"  # folder of the runs
@@ -54,11 +50,11 @@ class SampleConfig:
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 256  # longest continuation; an end-of-text can end it earlier
     batch_size: int = 32  # continuations decoded at once
-    temperature: float = 0.8  # below 1 favours likely tokens; 0 = always the most likely (greedy)
-    top_k: int = 200  # choose among the k most likely tokens; 0 = off
+    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely; 1 = off
+    temperature: float = 0.8  # then: below 1 favours likely tokens; 0 = the most likely (greedy)
+    top_k: int = 200  # then choose among the k most likely tokens; 0 = off
     top_p: float = 1.0  # then among the fewest whose probabilities sum to this; 1 = off
     min_p: float = 0.0  # then among those at least this share as likely as the first; 0 = off
-    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely; 1 = off
     stop: str = ""  # texts that end a continuation and are not shown, separated by |; \n = newline
     seed: int = 1337  # the same seed gives the same text on the same machine
     device: str = "auto"  # cpu, cuda, mps, or auto: cuda, else mps, else cpu
@@ -106,16 +102,6 @@ def export(settings: SampleConfig):
     dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     hf.save(model, folder, tokenizer.end_of_text, dtype)
     print(f"{folder}: AutoModelForCausalLM and AutoTokenizer load it", file=sys.stderr)
-
-
-def continue_prompt(model: GPT, tokenizer: Tokenizer, prompt: str):
-    """Print how a model that was just trained continues a prompt."""
-    with model.wte.weight.device:
-        copy = GPT(model.config)  # that is not compiled
-    copy.load_state_dict(model.state_dict())
-    prepare_to_decode(copy, model.wte.weight.device, "auto")
-    settings = SampleConfig(prompt=prompt, max_new_tokens=120)
-    print_samples(copy, tokenizer, read_prompts(settings), settings)
 
 
 def read_prompts(settings: SampleConfig) -> list[dict]:
@@ -197,8 +183,7 @@ def complete(model: GPT, tokenizer: Tokenizer, records: list[dict], settings: Sa
     noise = np.stack([generator.random(new, dtype=np.float32) for generator in generators])
     columns = generate(model, prompts, noise, tokenizer.vocab_size, settings)
     copies = tee(columns, len(prompts))  # each row reads on its own, what is generated once
-    pairs = enumerate(zip(records, copies))
-    return [Completion(tokenizer, settings, record, row, copy) for row, (record, copy) in pairs]
+    return [Completion(tokenizer, settings, records[n], n, copy) for n, copy in enumerate(copies)]
 
 
 class Completion:
@@ -254,8 +239,6 @@ class Completion:
         mean = sum(self.logprobs) / count if count else None
         return self.record | dict(text=self.text, tokens=count, mean_logprob=mean, ended=self.ended)
 
-
-# Decoding: prefilling reads a prompt into the cache at once; each step then adds one token
 
 PREFILL_TOKENS = 1 << 16  # of prompts, read at once
 GPU_STEPS = 32  # between two copies of tokens from a GPU
@@ -424,7 +407,6 @@ def prepare_to_decode(model: GPT, device: torch.device, dtype: str):
     """Move the model, in eval mode. On a CPU, wide weights are stored transposed: faster."""
     name = hardware.best_dtype(device) if dtype == "auto" else dtype
     model.to(device, getattr(torch, name)).eval()
-    model.dtype = None  # that of the weights
     for layer in model.modules() if device.type == "cpu" else []:
         if isinstance(layer, torch.nn.Linear) and layer.out_features > layer.in_features:
             layer.weight.data = layer.weight.data.T.contiguous().T

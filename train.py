@@ -638,11 +638,10 @@ def report(run: Run):
     """Print what the run reached, and let the model continue a prompt."""
     if run.ranks.rank == 0:
         log.print_report(run.folder, run.val_loss, run.dataset)
-        if run.settings.sample_prompt:
-            latest = str(run.folder / "latest.pt")
-            is_whole = run.settings.parallel == "ddp"
-            model = run.model if is_whole else checkpoint.open_model(latest, "")[0]
-            sample.continue_prompt(model, run.dataset.tokenizer, run.settings.sample_prompt)
+        if prompt := run.settings.sample_prompt:
+            latest, device = str(run.folder / "latest.pt"), run.settings.device
+            options = dict(checkpoint=latest, device=device, max_new_tokens=120)
+            sample.main(sample.SampleConfig(prompt=prompt, **options))
 
 
 if __name__ == "__main__":

@@ -60,13 +60,12 @@ def run(main, settings_class, less_memory: str, positional: str = ""):
             encoding = "utf-8" if mode == "w" else None
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
         setattr(sys, name, stream)
-    code = 0
     try:
         with exit_on_failure(less_memory):
             main(load(settings_class, sys.argv[1:], positional))
     except SystemExit as end:
-        code = end.code
-    end_process(code)
+        end_process(end.code)
+    end_process(0)
 
 
 @contextlib.contextmanager
@@ -79,7 +78,7 @@ def exit_on_failure(less_memory: str = ""):
         message, code = explain(error, less_memory) or (None, 1)
         if message is None:  # not expected: a traceback
             raise
-        if message:  # else it is printed already
+        if message:  # "" where another rank prints it, or for a closed pipe
             # If all ranks have this error, torchrun ends the others once rank 0 has printed it
             time.sleep(10 if RANK else 0)
             print_error(message)

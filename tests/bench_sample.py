@@ -63,6 +63,7 @@ def main(settings: BenchConfig):
     if settings.cold:
         bench_scoring(model, settings, device)
     bench_plain(model, settings, device)
+    model.dtype = None  # that of the weights, not of training
     sample.prepare_to_decode(model, device, "auto")
     for compiled in compile_choices(device):
         for rows in sorted({1, settings.rows}):
