@@ -73,13 +73,30 @@ def claimed_folder(folder: Path, init_from: str, overwrite: bool):
 
 
 def start_log(run):
-    """Remove an earlier run's files, or the lines that a resumed run makes again; open log_to."""
+    """Remove an earlier run's files, or the lines that a resumed run makes again; print the run."""
     if run.settings.init_from == "resume":
         cut_metrics(run.folder, run.step, run.val_step)
     else:
         for name in RUN_FILES:
             (run.folder / name).unlink(missing_ok=True)
     run.send = open_backend(run.settings.log_to, run.folder, run.step)
+    run.print(describe(run))
+
+
+def describe(run) -> str:
+    """The model, the data and the batch in three lines."""
+    settings, tokens = run.settings, run.settings.max_steps * run.settings.batch_tokens
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    flops = run.model.flops_per_token(settings.block_size)
+    data = [d.describe(n * tokens) for d, n in zip(run.dataset.parts, run.dataset.shares)]
+    return (
+        f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP per token\n"
+        f"data: {', '.join(data)} in {settings.max_steps:,} steps of {settings.batch_tokens:,}\n"
+        f"batch: {settings.micro_batch_size} sequences of {settings.block_size} "
+        f"x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
+        f"on {settings.device} in {settings.dtype}, compile {settings.compile}"
+        + warn_of_room(run.folder, 12 * parameters)
+    )
 
 
 def warn_of_room(folder: Path, checkpoint_bytes: int) -> str:

@@ -165,7 +165,6 @@ def main(settings: TrainConfig):
             ranks.on_rank_0(lambda: stack.enter_context(claim))  # the lock is held until main ends
             run = start_run(settings, ranks, dataset)
             ranks.on_rank_0(lambda: log.start_log(run))
-            ranks.on_rank_0(lambda: run.print(describe(run)))
             with hardware.naming_less_memory(asdict(run.settings)):
                 is_done = train(run)
         if is_done:
@@ -375,22 +374,6 @@ def pretrained_model(settings: TrainConfig, dataset: Dataset) -> GPT:
     if block_size > model.config.block_size:
         raise Failure(f"block_size {block_size} exceeds the {model.config.block_size} of {name}")
     return model
-
-
-def describe(run: Run) -> str:
-    """The model, the data and the batch in three lines."""
-    settings, tokens = run.settings, run.settings.max_steps * run.settings.batch_tokens
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    flops = run.model.flops_per_token(settings.block_size)
-    data = [d.describe(n * tokens) for d, n in zip(run.dataset.parts, run.dataset.shares)]
-    return (
-        f"model: {parameters / 1e6:.1f}M parameters, {flops / 1e6:,.0f} MFLOP per token\n"
-        f"data: {', '.join(data)} in {settings.max_steps:,} steps of {settings.batch_tokens:,}\n"
-        f"batch: {settings.micro_batch_size} sequences of {settings.block_size} "
-        f"x {run.micro_steps} micro-steps x {run.ranks.world_size} ranks, "
-        f"on {settings.device} in {settings.dtype}, compile {settings.compile}"
-        + log.warn_of_room(run.folder, 12 * parameters)
-    )
 
 
 # The loop
