@@ -90,15 +90,15 @@ def read(path: Path, mmap: bool) -> dict:
     return state
 
 
-def load_newest(folder: Path, mmap: bool = False) -> dict:
-    """The newest sound checkpoint of a run. Raises Failure where there is none.
+def load_newest(folder: Path) -> dict:
+    """The newest sound checkpoint of a run, as views of the file. Raises Failure if there is none.
 
-    A newer, damaged one is renamed, so that the next save does not overwrite it. mmap: see `load`.
+    A newer, damaged one is renamed, so that the next save does not overwrite it.
     """
     damaged = []
     for path in saved(folder):
         try:
-            state = load(path, mmap)
+            state = load(path, mmap=True)
         except Failure as failure:
             damaged.append((path, failure))
             continue

@@ -347,14 +347,14 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     @torch.no_grad()
-    def init_weights(self, seed: int, copy=torch.Tensor.copy_, embedding_std=0.02):
+    def init_weights(self, seed: int, part=lambda parameter, values: values, embedding_std=0.02):
         """Draw the initial weights on the CPU, each parameter's from (seed, its name) alone.
 
         GPT-2's scheme: normal with standard deviation 0.02 (wte: embedding_std), and
         0.02 / sqrt(2 n_layer) for the projections into the residual stream. Qwen3's c_proj weights
         start at zero, so that each block begins as the identity, and an untied lm_head, so that all
         tokens are equally likely.
-        copy(parameter, values) can keep a part of the values, where a rank has a part.
+        part(parameter, values): what this rank keeps of the values.
         """
         stds = {"c_proj": 0.02 / math.sqrt(2 * self.config.n_layer), "wte": embedding_std}
         zeros = ".bias" if self.config.arch == "gpt2" else ("c_proj.weight", "lm_head.weight")
@@ -365,7 +365,8 @@ class GPT(nn.Module):
                 std = stds.get(name.split(".")[-2], 0.02)
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                copy(parameter, torch.empty(parameter.shape).normal_(0, std, generator=generator))
+                values = torch.empty(parameter.shape).normal_(0, std, generator=generator)
+                parameter.copy_(part(parameter, values))
             elif "ln_" in name or "_norm." in name:
                 nn.init.ones_(parameter)
             else:

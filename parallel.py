@@ -72,21 +72,17 @@ def announce(forward, is_last: bool):
 
 
 def shard_like(parameter, values: torch.Tensor):
-    """This rank's part of values that each rank has, as the parameter is sharded."""
+    """This rank's part of values that each rank has, if the parameter is sharded, else all."""
     from torch.distributed.tensor import distribute_tensor
 
+    if not hasattr(parameter, "device_mesh"):
+        return values
     sharding = parameter.device_mesh, parameter.placements
     return distribute_tensor(values, *sharding, src_data_rank=None)  # nothing is sent
 
 
-def copy_values(parameter: torch.Tensor, values: torch.Tensor):
-    """Give a parameter its values, of which a sharded one keeps this rank's part."""
-    is_sharded = hasattr(parameter, "device_mesh")
-    parameter.copy_(shard_like(parameter, values) if is_sharded else values)
-
-
 def shard_state(state, model):
-    """A loaded state whose tensors are sharded as the parameters of the model are."""
+    """A loaded state whose tensors are sharded as the parameters of the model are, if they are."""
     like, tree_map_only = next(model.parameters()), torch.utils._pytree.tree_map_only
     return tree_map_only(torch.Tensor, lambda t: shard_like(like, t) if t.dim() else t, state)
 

@@ -270,7 +270,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
         if saved:
             restore(run, saved)
         elif not settings.fine_tunes:
-            model.init_weights(settings.seed, parallel.copy_values, settings.embedding_std)
+            model.init_weights(settings.seed, parallel.shard_like, settings.embedding_std)
         if settings.parallel == "deepspeed":
             parallel.start_deepspeed(run)
     ranks.keep(run)
@@ -279,9 +279,9 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
 
 def load_saved(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> dict:
     """The newest checkpoint of the run to continue; rank 0 first puts a damaged one aside."""
-    saved, folder, is_fsdp = {}, Path(settings.out_dir), settings.parallel == "fsdp"
-    ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder, is_fsdp)))
-    saved = saved or checkpoint.load_newest(folder, is_fsdp)
+    saved, folder = {}, Path(settings.out_dir)
+    ranks.on_rank_0(lambda: saved.update(checkpoint.load_newest(folder)))
+    saved = saved or checkpoint.load_newest(folder)
     saved["settings"] = asdict(TrainConfig()) | saved["settings"]  # it can lack new ones
     with checkpoint.fitting(folder):
         checkpoint.check_same_run(saved, asdict(settings), dataset)
@@ -290,8 +290,7 @@ def load_saved(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> dict:
 
 def restore(run: Run, saved: dict):
     """Bring a run to where its checkpoint left it, used in `checkpoint.fitting`."""
-    if run.settings.parallel == "fsdp":
-        saved = parallel.shard_state(saved, run.model)
+    saved = parallel.shard_state(saved, run.model)
     run.model.load_state_dict(saved["model"])
     checkpoint.restore_optimizers(run.optimizers, saved)
     if saved.get("scaler") and run.scaler.is_enabled():
