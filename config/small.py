@@ -2,9 +2,9 @@
 
 python train.py config/small.py
 
-2 cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-26: 1.270 bits per byte of Python
-3.11's library, for which lzma -9 needs 1.601 and gzip -9 1.957, in 3 min 27 s with data,
-validation and a sample (2 min 51 s at best); seeds 2, 3 and 4: 1.257, 1.269 and 1.257.
+2 cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-26: 1.258 bits per byte of Python
+3.11's library, for which lzma -9 needs 1.601 and gzip -9 1.957, in 3 min 2 s with data,
+validation and a sample; seeds 2, 3 and 4: 1.254, 1.268 and 1.260.
 In float32 it takes 4 min 53 s. The result depends on when induction heads form (Olsson et al.
 2022): within a few hundred steps the loss falls by a tenth. More in docs/results.md.
 """
