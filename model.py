@@ -373,7 +373,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{name} has no initialiser")
 
     def matrices(self) -> list[tuple[nn.Parameter, int]]:
-        """The blocks' 2-D weights, for Muon, and how many matrices each stacks: heads are apart."""
+        """The blocks' 2-D weights, for Muon, and how many matrices each stacks: q, k, v by head."""
         H, K = self.config.n_head, self.config.kv_heads
         stacked = {"c_attn": 3 * H, "c_q": H, "c_k": K, "c_v": K}
         weights = self.h.named_parameters()
