@@ -324,11 +324,11 @@ def read_manifest(folder: Path) -> dict:
     check_version(path, manifest, MANIFEST_VERSION)
     if not has_layout(manifest, MANIFEST):
         raise Failure(f"{path} is damaged: an entry is missing; prepare the dataset again")
-    names = [shard["file"] for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    splits = [manifest["splits"][split] for split in SPLITS]
+    names = [shard["file"] for split in splits for shard in split["shards"]]
     are_plain = all(Path(name).name == name and name.isprintable() for name in names)
     if len(set(names)) < len(names) or not are_plain:
         raise Failure(f"{path} names a shard twice, or one that is not in {folder}")
-    splits = [manifest["splits"][split] for split in SPLITS]
     compressors = [split.get("compressed_bits_per_byte", {}) for split in splits]
     counts = [split[unit] for split in splits for unit in ("bytes", "tokens")]
     if not all(0 < n < 2**63 for n in counts) or not all(isinstance(c, dict) for c in compressors):

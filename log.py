@@ -73,7 +73,7 @@ def claimed_folder(folder: Path, init_from: str, overwrite: bool):
 
 
 def start_log(run):
-    """Remove an earlier run's files, or the lines that a resumed run makes again; print the run."""
+    """Remove what an earlier run left, or a resumed one makes again; open log_to; print the run."""
     if run.settings.init_from == "resume":
         cut_metrics(run.folder, run.step, run.val_step)
     else:

@@ -38,10 +38,10 @@ class Muon(torch.optim.Optimizer):
         moments = [self.state[weight]["momentum"] for weight in weights]
         updates = self.advance(weights, [weight.grad for weight in weights], moments)
         for shape, pairs in self.by_shape(weights, updates).items():
-            matrices, updates = zip(*pairs)
+            matrices, directions = zip(*pairs)
             dtype = torch.bfloat16 if matrices[0].is_cuda else matrices[0].dtype
             batch = matrices[0].new_empty(len(matrices), *shape, dtype=dtype)
-            torch._foreach_copy_(batch.unbind(), updates)  # no batch in fp32 is needed
+            torch._foreach_copy_(batch.unbind(), directions)  # no batch in fp32 is needed
             self.move(matrices, orthogonalize_on_ranks(batch), max(shape))
 
     def advance(self, weights: list, gradients: list, moments: list) -> list:

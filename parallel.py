@@ -75,7 +75,7 @@ def shard_like(parameter, values: torch.Tensor):
     """This rank's part of values that each rank has, if the parameter is sharded, else all."""
     if not hasattr(parameter, "device_mesh"):
         return values
-    from torch.distributed.tensor import distribute_tensor  # slow to import
+    from torch.distributed.tensor import distribute_tensor
 
     sharding = parameter.device_mesh, parameter.placements
     return distribute_tensor(values, *sharding, src_data_rank=None)  # nothing is sent

@@ -112,7 +112,7 @@ class Tokenizer:
         """The tokens of `text`, uint32; no characters in it become a special token."""
         text = normalize(text, self.pattern)
         stretches = (text[start : start + STRETCH] for start in range(0, len(text), STRETCH))
-        if not any(map(str.isspace, stretches)):
+        if not any(map(str.isspace, stretches)):  # a million of white space would hold a whole one
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         pieces = regex.findall(PATTERNS[self.pattern], text)  # slower, but never fails
         encode = self.encoding._encode_single_piece

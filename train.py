@@ -621,9 +621,8 @@ def report(run: Run):
     if run.ranks.rank == 0:
         log.print_report(run.folder, run.val_loss, run.dataset)
         if prompt := run.settings.sample_prompt:
-            latest, device = str(run.folder / "latest.pt"), run.settings.device
-            options = dict(checkpoint=latest, device=device, max_new_tokens=120)
-            sample.main(sample.SampleConfig(prompt=prompt, **options))
+            options = dict(checkpoint=str(run.folder / "latest.pt"), device=run.settings.device)
+            sample.main(sample.SampleConfig(prompt=prompt, max_new_tokens=120, **options))
 
 
 if __name__ == "__main__":

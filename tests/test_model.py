@@ -215,5 +215,6 @@ def test_fast_paths_agree_with_the_plain_one(fast, shape):
     fast_losses, results = model(tokens, tokens), gradients(model, tokens, tokens)
     tolerance = 2e-2 if "bf16" in fast else 1e-4
     assert fast_losses.mean().item() == pytest.approx(losses.mean().item(), rel=tolerance)
+    bound = 6e-2 if "bf16" in fast else 2e-4  # of norms' weights: 0.047 on a GPU, 0.038 on a CPU
     for gradient, plain in zip(results, expected):
-        assert (gradient - plain).norm() <= 3 * tolerance * plain.norm()
+        assert (gradient - plain).norm() <= bound * plain.norm()

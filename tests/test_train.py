@@ -86,19 +86,19 @@ def test_each_kind_of_parameter_has_its_learning_rate(kind):
     """And a place in AdamW that does not depend on settings, as they may change on resume."""
     model, places = make_model(**UNTIED), []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for embedding, head, decay in ((0.0, 0.0, 0.1), (8.0, 4.0, 0.1), (8.0, 8.0, 0.0)):
-        rates = dict(embedding_learning_rate=embedding, head_learning_rate=head)
-        rates |= dict(learning_rate=2.0, muon_learning_rate=6.0, weight_decay=decay)
+    for own, decay in (((0.0, 0.0, 0.0), 0.1), ((6.0, 8.0, 4.0), 0.1), ((6.0, 8.0, 8.0), 0.0)):
+        rates = (f"{name}_learning_rate" for name in ("muon", "embedding", "head"))
+        rates = dict(zip(rates, own), learning_rate=2.0, warmup_steps=4, weight_decay=decay)
         settings = TrainConfig(optimizer=kind, **rates)
         optimizers = train.make_optimizers(model, settings)
-        train.set_learning_rates(train.Run(settings, ALONE, None, None, None, optimizers), 699)
+        train.set_learning_rates(train.Run(settings, ALONE, None, None, None, optimizers), 1)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         places.append([id(p) for group in optimizers[0].param_groups for p in group["params"]])
         found = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
-        rates = found["wte.weight"], found["lm_head.weight"]
-        assert rates == (embedding or 2.0, head or 2.0)
-        assert found["ln_f.weight"] == found["h.0.attn.q_norm.weight"] == 2.0
-        assert found["h.0.mlp.c_fc.weight"] == (6.0 if kind == "muon" else 2.0)
+        muon, embedding, head = ((rate or 2.0) / 2 for rate in own)  # half-way in the warm-up
+        assert (found["wte.weight"], found["lm_head.weight"]) == (embedding, head)
+        assert found["ln_f.weight"] == found["h.0.attn.q_norm.weight"] == 1.0
+        assert found["h.0.mlp.c_fc.weight"] == (muon if kind == "muon" else 1.0)
     assert places[0] == places[1] == places[2]
 
 
