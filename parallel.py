@@ -54,10 +54,9 @@ def shard_model(model, device: torch.device, reshard_after_forward: bool):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* a view")  # no one changes the losses
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     dtype = model.dtype if model.dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # nor RoPE's
-    options = dict(mesh=mesh, mp_policy=policy)
+    options = dict(mesh=init_device_mesh(device.type, (dist.get_world_size(),)), mp_policy=policy)
     for block in model.h:
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)  # the backward needs it at once
@@ -113,6 +112,12 @@ def clip_grad_norm(forward, max_norm: float) -> torch.Tensor:
     return squares.sqrt()
 
 
+def make_muon(matrices: list, momentum: float, weight_decay: float) -> Muon:
+    """Muon for weights that are whole, or for sharded ones."""
+    muon_class = ShardedMuon if hasattr(matrices[0][0], "device_mesh") else Muon
+    return muon_class(matrices, momentum, weight_decay)
+
+
 class ShardedMuon(Muon):
     """Muon for sharded weights: each rank gathers, once, its share of the weights of a shape.
 
@@ -160,11 +165,10 @@ def exchange(parts: torch.Tensor) -> torch.Tensor:
     return received
 
 
-# DeepSpeed
-
-
 def start_deepspeed(run):
-    """Give a run's model and AdamW, on the CPU, to DeepSpeed's engine. Raises Failure."""
+    """Give the model and AdamW, on the CPU, to DeepSpeed's engine, if asked to. Raises Failure."""
+    if run.settings.parallel != "deepspeed":
+        return
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")

@@ -37,7 +37,6 @@ from dataset import Dataset, Windows, find_folder
 from hashing import hash_numbers
 from mixture import Mixture, parse_mixture
 from model import GPT, GPTConfig, ModelShape
-from muon import Muon
 from ranks import Ranks, catch_stop_requests, launcher_is_gone, start_ranks
 
 BUCKET_MB = 100  # of gradients that DDP sums at once, while the backward makes others
@@ -252,8 +251,6 @@ def open_folder(name: str, settings: TrainConfig, ranks: Ranks) -> Dataset:
 
 def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     """The run at its first step, or as its checkpoint left it. Raises Failure."""
-    if settings.parallel == "fsdp" and ranks.world_size == 1:  # there is nothing to split
-        settings = replace(settings, parallel="ddp")
     if settings.init_from == "auto":
         has_checkpoint = ranks.any(bool(checkpoint.saved(Path(settings.out_dir))))
         settings = replace(settings, init_from="resume" if has_checkpoint else "scratch")
@@ -262,8 +259,6 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
     hardware.keep_freed_memory()
     with checkpoint.fitting(Path(settings.out_dir)) if saved else contextlib.nullcontext():
         model = build_model(settings, dataset, saved)
-        if settings.parallel == "ddp":
-            model.to(ranks.device)
         settings = resolve_auto(settings, ranks, model, saved)
         forward = parallelize(model, settings, ranks)  # before the optimizers: may replace weights
         run = Run(settings, ranks, dataset, model, forward, make_optimizers(model, settings))
@@ -271,8 +266,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
             restore(run, saved)
         elif not settings.fine_tunes:
             model.init_weights(settings.seed, parallel.shard_like, settings.embedding_std)
-        if settings.parallel == "deepspeed":
-            parallel.start_deepspeed(run)
+        parallel.start_deepspeed(run)
     ranks.keep(run)
     return run
 
@@ -303,6 +297,8 @@ def restore(run: Run, saved: dict):
 
 def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict) -> TrainConfig:
     """Replace `auto` and 0 by the checkpoint's values on such a device, or by this machine's."""
+    if settings.parallel == "fsdp" and ranks.world_size == 1:  # there is nothing to split
+        settings = replace(settings, parallel="ddp")
     device, dtype, mode = ranks.device.type, settings.dtype, settings.compile
     before = saved["settings"] if saved and saved["settings"]["device"] == device else {}
     if dtype == "auto":
@@ -323,6 +319,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict) -
         size = before["micro_batch_size"]
     if not size:
         share = settings.step_sequences // ranks.world_size
+        model.to(ranks.device)
         size = ranks.min(hardware.fitting_micro_batch_size(model, share, settings.block_size))
     if not size:
         raise Failure(f"not one sequence fits; {hardware.less_memory(asdict(settings))}")
@@ -354,6 +351,8 @@ def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Mod
         model.cross_entropy = torch.compile(model.cross_entropy)
     if settings.parallel == "fsdp":
         parallel.shard_model(model, ranks.device, settings.reshard_after_forward)
+    if settings.parallel == "ddp":
+        model.to(ranks.device)
     if settings.parallel != "ddp" or ranks.world_size == 1:
         return model
     forward = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
@@ -516,8 +515,7 @@ def make_optimizers(model: GPT, settings: TrainConfig) -> list:
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=True)
     if not matrices:
         return [adamw]
-    muon_class = parallel.ShardedMuon if settings.parallel == "fsdp" else Muon
-    muon = muon_class(matrices, settings.muon_momentum, settings.weight_decay)
+    muon = parallel.make_muon(matrices, settings.muon_momentum, settings.weight_decay)
     muon.param_groups[0]["peak"] = settings.muon_learning_rate or settings.learning_rate
     return [adamw, muon]
 
