@@ -4,7 +4,8 @@ python prepare_data.py fineweb-10b-gpt2
 torchrun --standalone --nproc_per_node=8 train.py config/gpt2_1558m.py
 
 The first command downloads 20.8 GB; for your own text add --dataset=NAME to the second.
-Not yet run. The learning rate is GPT-3's for this size, not tuned here.
+Run for a few steps only, for speed and memory: docs/results.md.
+The learning rate is GPT-3's for this size, not tuned here.
 """
 
 out_dir = "out/gpt2_1558m"
