@@ -4,7 +4,7 @@ A dataset is a folder of shards with a `manifest.json` that describes them and `
 prepare_data.py writes it with ShardWriter; train.py and evaluate.py open it as a Dataset.
 
 The invariant: the window at each position of a run is a pure function of (seed, position), see
-`window_order`. train.py gives each step its positions. So a run resumes exactly, on any number of
+`Dataset.batch`. train.py gives each step its positions. So a run resumes exactly, on any number of
 ranks, and the order of the data needs no state and no memory.
 """
 
@@ -90,15 +90,18 @@ class Dataset:
         return windows
 
     def batch(self, seed: int, first: int, count: int) -> np.ndarray:
-        """The training windows at `count` positions of a run, int64 (count, block_size + 1).
+        """The windows at `count` positions of a run from `first` on, int64 (count, block_size + 1).
 
-        In each epoch but the first the text is cut at other places, moved by less than a window.
+        Position p lies in epoch p // len(train). Each epoch is a shuffle of all windows, keyed by
+        (seed, epoch). In all but the first the text is cut elsewhere, by less than a window.
         """
-        positions = np.arange(first, first + count)
-        epochs, number = np.unique(positions // len(self.train), return_inverse=True)
-        moves = [hash_numbers(seed, int(n)) % self.block_size if n else 0 for n in epochs]
-        indices = window_order(seed, first, count, len(self.train))
-        return self.train.read(indices, np.array(moves)[number])
+        epochs, positions = np.divmod(np.arange(first, first + count), len(self.train))
+        parts = []
+        for epoch in np.unique(epochs).tolist():
+            key = hash_numbers(seed, epoch)
+            indices = shuffle(positions[epochs == epoch], len(self.train), key)
+            parts.append(self.train.read(indices, key % self.block_size if epoch else 0))
+        return np.concatenate(parts)
 
     def verify(self, hash_all: bool, is_known: bool):
         """Raise Failure where a shard is not the manifest's, or has an id beyond its tokenizer's.
@@ -181,31 +184,18 @@ class Windows:
         """The windows with these indices, int64 (len(indices), block_size + 1)."""
         return self.read(indices, 0)
 
-    def read(self, indices: np.ndarray, moves: np.ndarray | int) -> np.ndarray:
-        """The same, cut `moves` tokens later; after the end of a shard comes its start."""
+    def read(self, indices: np.ndarray, move: int) -> np.ndarray:
+        """The same, cut `move` tokens later, less than a window; a shard goes on at its start."""
         windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
         numbers = np.searchsorted(self.first_windows, indices, side="right") - 1
-        starts = (indices - self.first_windows[numbers]) * self.block_size + moves
+        starts = (indices - self.first_windows[numbers]) * self.block_size + move
         for row, (number, start) in enumerate(zip(numbers, starts.tolist())):
             shard = self.shards[number]
-            start %= shard.count
             tokens = shard.read(start, min(start + self.block_size + 1, shard.count))
             windows[row, : len(tokens)] = tokens
             if rest := self.block_size + 1 - len(tokens):
                 windows[row, len(tokens) :] = shard.read(0, rest)
         return windows
-
-
-def window_order(seed: int, first: int, count: int, windows: int) -> np.ndarray:
-    """The windows at positions first..first+count-1 of a run, int64 (count,).
-
-    Position p lies in epoch p // windows. Each epoch is a shuffle of all windows, keyed by (seed,
-    epoch): each window is seen exactly once per epoch.
-    """
-    epochs, positions = np.divmod(np.arange(first, first + count), windows)
-    keys = {epoch: hash_numbers(seed, int(epoch)) for epoch in np.unique(epochs)}
-    parts = [shuffle(positions[epochs == epoch], windows, key) for epoch, key in keys.items()]
-    return np.concatenate(parts)
 
 
 def shuffle(positions: np.ndarray, count: int, key: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def publish(folder: Path, target: Path):
     sync(folder)
     folder.rename(target)
     sync(target.parent)
+
+
+def link_or_copy(source: Path, target: Path):
+    """Make `target` another name of the file `source`, or a copy where the disk cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def sync(path: Path):

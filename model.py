@@ -106,8 +106,7 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """torch's, uninitialised as well."""
 
-    def reset_parameters(self):
-        pass
+    reset_parameters = Linear.reset_parameters
 
 
 class LayerNorm(nn.LayerNorm):

@@ -202,9 +202,13 @@ def prepare(settings: PrepareConfig) -> Path:
             print(f"preparing {folder}", flush=True)
             if settings.named.is_tokenised:
                 for path in download_named(settings):
-                    link_or_copy(path, work / "dataset" / path.name)
+                    files.link_or_copy(path, work / "dataset" / path.name)
             else:
-                manifest = merge(settings, work) if settings.merge else build(settings, work)
+                make = merge if settings.merge else build
+                content, examples = make(settings, work)
+                manifest = {"format_version": MANIFEST_VERSION, "name": settings.name}
+                manifest |= {"made_from": deciding_settings(settings)} | content
+                write_manifest(manifest, work / "dataset", examples)
                 print(summary(manifest))
                 print(f"what was kept and dropped, and why: {folder / 'report.md'}", flush=True)
             files.publish(work / "dataset", folder)
@@ -239,8 +243,8 @@ def deciding_settings(settings: PrepareConfig) -> dict:
 # From documents to a dataset
 
 
-def build(settings: PrepareConfig, work: Path) -> dict:
-    """Turn the text that the settings name into a dataset in work/dataset; return its manifest."""
+def build(settings: PrepareConfig, work: Path) -> tuple[dict, dict]:
+    """Turn text into shards in work/dataset; return its manifest, and examples of dropped text."""
     contamination = collect_contamination(settings, work)
     tokenizer = None
     if not bpe_size(settings.tokenizer):
@@ -257,7 +261,9 @@ def build(settings: PrepareConfig, work: Path) -> dict:
     entries["val"]["compressed_bits_per_byte"] = compress(corpus, splits["val"])
     tally, kept_bytes = corpus.tally, int(corpus.documents["bytes"][kept].sum())
     documents = {"in": len(kept) + tally.documents.total(), "kept": len(kept)}
-    manifest = make_manifest(settings, tokenizer, entries) | {
+    manifest = {
+        "tokenizer": tokenizer.record(),
+        "splits": entries,
         "documents": documents | {"dropped": dict(tally.documents)},
         "bytes": {"in": tally.bytes_read, "kept": kept_bytes, "dropped": dict(tally.bytes)},
         "lines_dropped": dict(tally.lines),
@@ -265,19 +271,7 @@ def build(settings: PrepareConfig, work: Path) -> dict:
         "documents_cut_in_two": is_cut,
         "validation_overlap": overlap,
     }
-    write_manifest(manifest, work / "dataset", tally.examples)
-    return manifest
-
-
-def make_manifest(settings: PrepareConfig, tokenizer: Tokenizer, splits: dict) -> dict:
-    """What every manifest has, however its shards were made."""
-    return {
-        "format_version": MANIFEST_VERSION,
-        "name": settings.name,
-        "made_from": deciding_settings(settings),
-        "tokenizer": tokenizer.record(),
-        "splits": splits,
-    }
+    return manifest, tally.examples
 
 
 def make_reader(settings: PrepareConfig, sources, **options) -> Reader:
@@ -451,8 +445,8 @@ def compress(corpus: Corpus, spans: np.ndarray) -> dict[str, float]:
 # Datasets made of shards
 
 
-def merge(settings: PrepareConfig, work: Path) -> dict:
-    """Join the shards of several datasets, as links where the disk can; return the manifest."""
+def merge(settings: PrepareConfig, work: Path) -> tuple[dict, dict]:
+    """Join the shards of datasets, as links where the disk can; return the same as `build`."""
     paths = [Path(os.path.expanduser(name)) for name in settings.merge.split(",") if name]
     if not paths or len({path.resolve() for path in paths}) < len(paths):
         raise Failure(f"--merge={settings.merge}: name at least one folder, and none twice")
@@ -463,37 +457,28 @@ def merge(settings: PrepareConfig, work: Path) -> dict:
         if not is_same or not tokenizer.same_ids(tokenizers[0]):
             raise Failure(f"--merge: {path} and {paths[0]} differ in tokenizer or --special_tokens")
     folder, entries = work / "dataset", {}
-    link_or_copy(paths[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
+    files.link_or_copy(paths[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     for split in SPLITS:
         parts, shards = [manifest["splits"][split] for manifest in manifests], []
         for path, part in zip(paths, parts):
             for record in part["shards"]:
                 name = f"{settings.name}_{split}_{len(shards):06d}.bin"
-                link_or_copy(path / record["file"], folder / name)
+                files.link_or_copy(path / record["file"], folder / name)
                 shards.append(record | {"file": name})
         special = sum((Counter(part.get("special_tokens")) for part in parts), Counter())
         entries[split] = sum_counts(parts, "documents", "bytes", "tokens")
         entries[split] |= {"special_tokens": dict(special), "shards": shards}
-    manifest = make_manifest(settings, tokenizers[0], entries)
+    manifest = {"tokenizer": tokenizers[0].record(), "splits": entries}
     manifest["documents_cut_in_two"] = any(m.get("documents_cut_in_two") for m in manifests)
     for unit in ("documents", "bytes"):
         counts = [other[unit] for other in manifests]
         dropped = sum((Counter(count["dropped"]) for count in counts), Counter())
         manifest[unit] = sum_counts(counts, "in", "kept") | {"dropped": dict(dropped)}
-    write_manifest(manifest, folder, {})
-    return manifest
+    return manifest, {}
 
 
 def sum_counts(counts: list[dict], *names: str) -> dict:
     return {name: sum(count[name] for count in counts) for name in names}
-
-
-def link_or_copy(source: Path, target: Path):
-    """Make `target` another name of the file `source`, or a copy where the disk cannot."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 if __name__ == "__main__":

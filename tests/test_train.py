@@ -36,7 +36,7 @@ import prepare_data
 import ranks
 import train
 from config import IN_USE, INPUT_OUTPUT, NO_CHECKPOINT, NOT_FINITE
-from dataset import Dataset, window_order
+from dataset import Dataset
 from model import GPT, GPTConfig
 from ranks import Ranks
 from tokenizer_files import load_tokenizer, save_hf_tokenizer
@@ -129,8 +129,7 @@ def test_a_step_is_that_of_the_plain_optimizer(data_dir, tmp_path):
     state = checkpoint.load(tmp_path / "run" / "latest.pt")
     model = GPT(GPTConfig(**state["model_config"]))
     model.init_weights(1337)
-    windows = Dataset(data_dir / "tiny", 32).train
-    rows = torch.from_numpy(windows[window_order(1337, 0, 8, len(windows))])
+    rows = torch.from_numpy(Dataset(data_dir / "tiny", 32).batch(1337, 0, 8))
     loss = model(rows[:, :-1], rows[:, 1:]).mean()
     loss.backward()
     norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters())).item()
