@@ -145,8 +145,7 @@ def print_samples(model: GPT, tokenizer: Tokenizer, prompts: list[dict], setting
 
 def print_sample(completion: "Completion", as_json: bool):
     """Print a prompt and its continuation as it is generated; as JSON, when it has ended."""
-    if not as_json:
-        print(completion.record["prompt"], end="")
+    print("" if as_json else completion.record["prompt"], end="")
     for text in completion.stream():
         print("" if as_json else text, end="", flush=True)
     print(json.dumps(completion.to_dict(), ensure_ascii=False) if as_json else "", flush=True)
