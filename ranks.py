@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import sys
 import threading
@@ -18,12 +17,11 @@ from config import INPUT_OUTPUT, Failure
 
 PARENT = os.getppid()  # the process that started this one
 KEPT = []  # what holds process groups, see Ranks.keep
-LOST_RANK = "gloo|nccl|Connection|Timed out"  # in torch's errors: another rank is gone
 
 
 @dataclass
 class Ranks:
-    """This process among those that train together: one per device, each with the whole model."""
+    """This process among those that train together: one per device."""
 
     rank: int
     world_size: int
@@ -155,9 +153,6 @@ def shared_failure(store, less_memory: str):
     try:
         yield
     except Exception as error:
-        if isinstance(error, RuntimeError) and re.search(LOST_RANK, str(error)):
-            message = f"another rank ended or did not answer: {error!r:.200}"
-            error = Failure(message, INPUT_OUTPUT)
         message, code = config.explain(error, less_memory) or (None, 1)
         this = first = f"{code} {config.RANK}"
         if message != "":  # else another rank is the first

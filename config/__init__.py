@@ -27,6 +27,7 @@ PATHS = "out_dir data_dir dataset init_from tokenizer deepspeed_config"
 PATHS += " checkpoint prompts text choices export_hf"
 RANK = int(os.environ.get("RANK", "0"))  # as torchrun numbers the processes of a run
 FULL = "MemoryError|DefaultCPUAllocator|out of memory|ALLOC_FAILED"  # in errors: memory is full
+LOST_RANK = "gloo|nccl|Connection|Timed out"  # in torch's errors: another rank is gone
 
 
 def power(base, exponent):
@@ -102,6 +103,8 @@ def explain(error: BaseException, less_memory: str) -> tuple[str, int] | None:
         return "interrupted", INTERRUPTED
     if isinstance(error, (MemoryError, RuntimeError)) and re.search(FULL, repr(error)):
         return f"memory is full; {less_memory}", BAD_INPUT
+    if isinstance(error, RuntimeError) and re.search(LOST_RANK, str(error)):
+        return f"another rank ended or did not answer: {error!r:.200}", INPUT_OUTPUT
     return None
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from conftest import KINDS, ONE_THREAD, ROOT, metrics, run, tiny_arguments, tiny_run
 
 import checkpoint
+import config
 import files
 import ranks
 from config import INPUT_OUTPUT, NOT_FINITE
@@ -55,6 +57,13 @@ def test_a_failure_is_printed_once(data_dir, tmp_path, option, message):
     assert result.stderr.count(message) == 1 and "train.py, rank 1:" not in result.stderr
     assert "Traceback" not in result.stderr.split("torch/distributed")[0]
     assert result.returncode != 0 and not (tmp_path / "run").exists()
+
+
+def test_a_rank_lost_while_a_run_is_resumed_is_not_its_checkpoints_fault():
+    with pytest.raises(RuntimeError) as lost, checkpoint.fitting(Path("out/run")):
+        raise RuntimeError("[pair.cc] Connection closed by peer")
+    message, code = config.explain(lost.value, "")
+    assert code == INPUT_OUTPUT and "another rank ended or did not answer" in message
 
 
 PATCHED = """
