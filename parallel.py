@@ -103,7 +103,7 @@ def clip_grad_norm(forward, max_norm: float) -> torch.Tensor:
         forward.step()
         return torch.as_tensor(forward.get_global_grad_norm(), device=forward.device)
     parameters = list(forward.parameters())
-    if not hasattr(parameters[0], "to_local"):
+    if not hasattr(parameters[0], "device_mesh"):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     gradients = [parameter.grad.to_local() for parameter in parameters]
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
@@ -236,7 +236,6 @@ class EngineOptimizer:
 
     def step(self):
         """If the step of `clip_grad_norm` was not finite, and so skipped, skip later ones."""
-        self.optimizer.found_inf = self.found_inf
         for state in self.optimizer.state.values():  # which can be on the host
             self.optimizer.found_inf = self.found_inf.to(state["exp_avg"].device)
 

@@ -266,7 +266,7 @@ def start_run(settings: TrainConfig, ranks: Ranks, dataset: Dataset) -> Run:
             restore(run, saved)
         elif not settings.fine_tunes:
             model.init_weights(settings.seed, parallel.shard_like, settings.embedding_std)
-        parallel.start_deepspeed(run)
+    parallel.start_deepspeed(run)
     ranks.keep(run)
     return run
 
@@ -351,7 +351,7 @@ def parallelize(model: GPT, settings: TrainConfig, ranks: Ranks) -> torch.nn.Mod
         model.cross_entropy = torch.compile(model.cross_entropy)
     if settings.parallel == "fsdp":
         parallel.shard_model(model, ranks.device, settings.reshard_after_forward)
-    if settings.parallel == "ddp":
+    if settings.parallel == "ddp":  # DeepSpeed takes the model from the CPU, see start_deepspeed
         model.to(ranks.device)
     if settings.parallel != "ddp" or ranks.world_size == 1:
         return model
@@ -437,7 +437,7 @@ def to_device(windows: np.ndarray, device: torch.device):
     if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
         batch = batch.pin_memory().to(device, non_blocking=True)
     batch = batch.to(device)
-    return batch[:, :-1].contiguous(), batch[:, 1:].clone()  # of one window the first is a view
+    return batch[:, :-1].contiguous(), batch[:, 1:].clone()  # share no memory: validate changes one
 
 
 def update_weights(run: Run, loss: torch.Tensor) -> torch.Tensor:
@@ -570,10 +570,10 @@ def validate(run: Run, windows: Windows) -> float | None:
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
     total, is_compiled = 0.0, settings.compile != "off"
     run.model.train(is_compiled and not settings.dropout)  # without dropout both modes are the same
-    for first in range(ranks.rank * size, count + ranks.rank * size, size * ranks.world_size):
+    for first in range(0, count, size * ranks.world_size):  # as often on each rank
         if ranks.any(run.must_stop()):
             return None  # not the loss of all windows
-        indices = chosen[first : first + size]
+        indices = chosen[first + ranks.rank * size :][:size]
         rows = np.resize(indices, size)  # the last batch is filled up: no shape to compile anew
         tokens, targets = to_device(windows[rows], ranks.device)
         targets[len(indices) :] = -1

@@ -110,6 +110,16 @@ def test_deepspeed_equals_one_rank_and_its_checkpoints_continue_elsewhere(data_d
     assert_same_run(tmp_path / "one", tmp_path / "parts", 20)
 
 
+def test_what_deepspeed_raises_is_not_the_checkpoints_fault(data_dir, tmp_path, monkeypatch):
+    def start_deepspeed(run):
+        raise TypeError("no compiler")
+
+    assert tiny_run(data_dir, tmp_path / "run", "--max_steps=2").returncode == 0
+    monkeypatch.setattr(parallel, "start_deepspeed", start_deepspeed)
+    with pytest.raises(TypeError, match="no compiler"):
+        tiny_run(data_dir, tmp_path / "run", "--init_from=resume", "--max_steps=2")
+
+
 BAD_OPTIONS = [
     (dict(zero_optimization={"stage": 0}), "must be 1, 2 or 3"),
     (dict(gradient_clipping=0.5), "gradient_clipping must be 1.0, as the settings have it"),
