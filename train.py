@@ -111,8 +111,7 @@ class TrainConfig(ModelShape):
         shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
         chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
         if self.fine_tunes and chosen:
-            reason = f"{self.init_from} has its own shape (config/finetune.py names none)"
-            raise ValueError(f"{chosen[0]} has no effect: {reason}")
+            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} has its own shape")
         if self.plan and self.fine_tunes:
             raise ValueError(f"a plan is for a new model: {self.init_from} has its own shape")
         if self.init_from == "auto" and self.overwrite:
@@ -312,11 +311,9 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict) -
         if mode == "on":  # no checkpoint, or 0.1's, which knew on and off
             mode = hardware.choose_compile(ranks.device, dtype, flops)
         mode = "blocks" if mode == "model" and settings.parallel != "ddp" else mode
-    size = settings.micro_batch_size
     now = [dtype, settings.activation_checkpointing, ranks.world_size]
     was = [before.get("dtype"), before.get("activation_checkpointing"), saved.get("world_size")]
-    if not size and now == was:
-        size = before["micro_batch_size"]
+    size = settings.micro_batch_size or (before["micro_batch_size"] if now == was else 0)
     if not size:
         share = settings.step_sequences // ranks.world_size
         model.to(ranks.device)
