@@ -335,7 +335,7 @@ def open_model(name: str, out_dir: str, dropout: float = 0.0) -> tuple[GPT, Toke
     path = find_model(name, out_dir)
     if path.is_dir():
         return open_hf(path, name, dropout)
-    state = load(path)
+    state = load(path, mmap=True)
     with fitting(path):
         model, tokenizer = restore_model(state, dropout=dropout), restore_tokenizer(state)
     loss = f", validation loss {state['val_loss']:.4f} at step {state['val_step']}"
