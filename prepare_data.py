@@ -73,6 +73,7 @@ class PrepareConfig:
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
         is_plain = Path(self.name).name == self.name and self.name.isprintable()
+        is_plain = is_plain and not set(":,") & set(self.name)  # these separate a mixture's names
         if not is_plain or self.name.startswith(".") or self.name in ("", "downloads"):
             example = "give the dataset a plain name, as in: python prepare_data.py stdlib"
             raise ValueError(f"name {self.name!r}: {example}")

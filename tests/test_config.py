@@ -175,6 +175,7 @@ BAD_SETTINGS = [
     ("evaluate --text=x --stride=-1", "stride is -1"),
     ("prepare_data ../up", "give the dataset a plain name"),
     ("prepare_data m\udce9", "give the dataset a plain name"),  # not text, as a manifest is
+    ("prepare_data a:b --source=x", "give the dataset a plain name"),  # else a mixture of train.py
     ("prepare_data mine", "mine is not one of stdlib"),
     ("prepare_data stdlib --source=.", "a named dataset; give your own text another name"),
     ("prepare_data mine --source=x --merge=a", "source x and merge a: give one of the two"),
