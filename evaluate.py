@@ -164,6 +164,7 @@ def dataset_documents(folder: Path, split: str, tokenizer: Tokenizer) -> Iterato
     if not dataset.tokenizer.same_ids(tokenizer):
         names = f"the tokenizer {dataset.tokenizer.name}, the model {tokenizer.name}"
         raise Failure(f"{folder} has {names}: it cannot score these tokens")
+    dataset.verify(hash_all=False, is_known=False)
     with Progress("documents", dataset.manifest["splits"][split]["documents"]) as progress:
         for done, (where, tokens) in enumerate(dataset.documents(split)):
             progress.update(done)

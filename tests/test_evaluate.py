@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -234,12 +235,16 @@ def test_what_cannot_be_scored_is_refused(trained, data_dir, text_file, tmp_path
     state = checkpoint.load(trained / "tiny" / "best.pt")
     state["model"]["wte.weight"].fill_(math.nan)
     checkpoint.save(tmp_path / "nan.pt", state)
+    damaged = shutil.copytree(data_dir / "tiny", tmp_path / "damaged")
+    shard = damaged / "tiny_val_000000.bin"
+    write(shard, shard.read_bytes()[:-1] + b"\xff")  # the last token has no embedding
     for text, model, code, message in (
         (tmp_path / "none.txt", "", 2, "none.txt"),
         (write(tmp_path / "a.jsonl", "{}"), "", 2, "no field 'text'; its fields: []; python prep"),
         (tmp_path / "empty.txt", "", 2, "empty.txt: there is no text to score"),
         (f"{data_dir / 'tiny'}:test", "", 2, "a split is one of train, val"),
         (tmp_path / "other", "", 2, "the tokenizer bpe:300, the model bytes: it cannot score"),
+        (damaged, "", 2, "tiny_val_000000.bin is not the shard"),
         (text_file, tmp_path / "nan.pt", 3, "losses are not finite"),
     ):
         result = evaluated(trained, text, f"--checkpoint={model}")[0]
