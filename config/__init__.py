@@ -88,7 +88,8 @@ def exit_on_failure(less_memory: str = ""):
 
 def print_error(message: str):
     source = Path(sys.argv[0]).name + (f", rank {RANK}" if RANK else "")
-    print(f"{source}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk: the exit code still tells
+        print(f"{source}: {message}", file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException, less_memory: str) -> tuple[str, int] | None:
@@ -110,10 +111,11 @@ def explain(error: BaseException, less_memory: str) -> tuple[str, int] | None:
 
 def end_process(code: int):
     """Exit, after what is being written; for Ctrl-C at once."""
-    try:
-        sys.stdout.flush()
-    except OSError:  # a closed pipe or a full disk: Python would print a second error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a closed pipe or a full disk: Python would exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code == INTERRUPTED:
         os._exit(code)
     if "WORLD_SIZE" in os.environ:  # in Python's clean-up threads of gloo can abort a rank

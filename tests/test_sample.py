@@ -283,6 +283,7 @@ def test_a_closed_pipe_ends_quietly_and_a_full_disk_with_one_line():
         ("sample.py", "| true", 0),
         ("prepare_data.py --help", "| true", 0),
         (f"evaluate.py --text={FIXTURES / 'text.jsonl'}", "> /dev/full", 6),
+        ("sample.py --seed=-1", "&> /dev/full", 2),  # a log on a full disk: the code still tells
     ):
         python = f"env -u PYTHONUNBUFFERED {sys.executable}"
         command = f"set -o pipefail; {python} {script} --checkpoint={FIXTURES / 'gpt2.pt'} {end}"
