@@ -13,7 +13,7 @@ import torch
 
 import hardware
 from config import RANK, Failure
-from dataset import find_folder, read_manifest
+from dataset import find_folder, read_manifest, read_tokenizer
 from mixture import parse_mixture
 from model import GPT, MAX_LOGITS, GPTConfig, ModelShape
 
@@ -31,7 +31,8 @@ def print_plan(settings: dict):
     weights = parse_mixture(settings["dataset"])
     folders = [find_folder(name, settings["data_dir"]) for name in weights]
     manifests = [read_manifest(f) if (f / "manifest.json").exists() else {} for f in folders]
-    vocab_size = next(filter(None, manifests), {}).get("tokenizer", {}).get("vocab_size", 50257)
+    tokenizers = [read_tokenizer(f, m["tokenizer"]) for f, m in zip(folders, manifests) if m]
+    vocab_size = tokenizers[0].vocab_size if tokenizers else 50257
     shape = {name: settings[name] for name in ModelShape.__dataclass_fields__}
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**shape, vocab_size=vocab_size))

@@ -1,10 +1,12 @@
 """What a plan counts and estimates, against the tensors of a model that trains."""
 
+import json
+import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import QWEN3, make_model, random_tokens, refused, run_inside, tiny_arguments
+from conftest import QWEN3, make_model, random_tokens, refused, run_inside, tiny_arguments, write
 
 import hardware
 import plan
@@ -94,6 +96,11 @@ def test_a_plan_makes_nothing_and_warns(data_dir, tmp_path):
         printed = planned([*arguments, f"--dataset={mixture}"]).stdout
         assert "epochs of" in printed and "nothing has no manifest.json" in printed
         assert "vocabulary of 257\n" in printed
+    manifest = json.loads((data_dir / "tiny" / "manifest.json").read_text())
+    folder = shutil.copytree(data_dir / "tiny", tmp_path / "changed")
+    manifest["tokenizer"]["vocab_size"] = "a"  # not used: a run asks the tokenizer
+    write(folder / "manifest.json", json.dumps(manifest))
+    assert "vocabulary of 257\n" in planned([*arguments, f"--dataset={folder}"]).stdout
     result = planned(["--init_from=gpt2"])
     assert result.returncode == 2 and "gpt2 has its own shape" in result.stderr
 
