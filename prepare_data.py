@@ -32,7 +32,7 @@ import files
 from clean import LINE_RULES, RULES, clean_text, hash_words, normalize
 from config import Failure
 from corpus import DOCUMENT, Corpus, count_bytes, first_bytes, read_texts, write_corpus
-from dataset import MANIFEST_VERSION, SPLITS, ShardWriter, read_manifest, read_tokenizer
+from dataset import MANIFEST_VERSION, SPLITS, Dataset, ShardWriter, read_manifest, read_tokenizer
 from readers import Reader, Tally
 from report import summary, write_manifest
 from tokenizer import PATTERNS, Tokenizer, count_pieces, train_bpe
@@ -193,7 +193,7 @@ def prepare(settings: PrepareConfig) -> Path:
     work = folder.with_name(f".{settings.name}")
     with files.locked(folder.with_name(f".{settings.name}.lock")):
         shutil.rmtree(work, ignore_errors=True)
-        if folder.exists():
+        if folder.exists() or folder.is_symlink():  # a link can lead to a disk not mounted
             if not settings.named.is_tokenised:
                 check_same_settings(folder, settings)
             print(f"{folder} exists; delete it to read the text again")
@@ -457,6 +457,7 @@ def merge(settings: PrepareConfig, work: Path) -> tuple[dict, dict]:
         is_same = tokenizer.special_tokens == tokenizers[0].special_tokens
         if not is_same or not tokenizer.same_ids(tokenizers[0]):
             raise Failure(f"--merge: {path} and {paths[0]} differ in tokenizer or --special_tokens")
+        Dataset(path, block_size=1).verify(hash_all=False, is_known=False)
     folder, entries = work / "dataset", {}
     files.link_or_copy(paths[0] / "tokenizer.tiktoken", folder / "tokenizer.tiktoken")
     for split in SPLITS:

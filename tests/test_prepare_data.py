@@ -344,6 +344,13 @@ def test_a_dataset_gets_its_name_once_all_of_it_is_on_the_disk(tmp_path, monkeyp
     assert done[-2:] == ["renamed", state(folder.parent)]
 
 
+def test_a_link_to_a_disk_that_is_not_mounted_is_refused_before_text_is_read(tmp_path):
+    settings = settings_for(tmp_path, [GOOD])
+    write(tmp_path / "data" / "x", "")
+    (tmp_path / "data" / "mine").symlink_to(tmp_path / "disk" / "mine")
+    refused("mine is not a dataset", prepare_data.prepare, settings)
+
+
 @pytest.mark.parametrize("can_link", [True, False])
 def test_merged_datasets_have_what_both_had(tmp_path, monkeypatch, can_link):
     texts = random_texts(60)
@@ -369,6 +376,9 @@ def test_datasets_that_do_not_fit_are_not_merged(tmp_path):
     fails("is not a dataset of prepare_data.py", tmp_path, merge=f"{one},{tmp_path}")
     fails("is not a dataset", tmp_path, merge="~nobody-of-that-name/one,")
     fails("name at least one folder, and none twice", tmp_path, merge=f"{one},{gpt4},{one}")
+    shard = one / "one_train_000000.bin"
+    write(shard, shard.read_bytes()[:-1] + b"\1")
+    fails("one_train_000000.bin is not the shard", tmp_path, merge=f"{one}")
 
 
 @pytest.fixture
