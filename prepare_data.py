@@ -191,7 +191,7 @@ def prepare(settings: PrepareConfig) -> Path:
     settings = with_defaults(settings)
     folder = Path(settings.data_dir) / settings.name
     work = folder.with_name(f".{settings.name}")
-    with files.locked(folder.with_name(f".{settings.name}.lock")):
+    with files.locked(folder.with_name(f".{settings.name}.lock")), files.naming(folder):
         shutil.rmtree(work, ignore_errors=True)
         if folder.exists() or folder.is_symlink():  # a link can lead to a disk not mounted
             if not settings.named.is_tokenised:

@@ -291,7 +291,8 @@ def test_a_full_disk_ends_with_one_line_and_leaves_nothing(tmp_path, capsys):
     with full_disk(9000), ends, config.exit_on_failure():
         prepare_data.prepare(settings)
     error = capsys.readouterr().err
-    assert os.strerror(errno.EFBIG) in error and len(error.splitlines()) == 1
+    assert f"{os.strerror(errno.EFBIG)}: '{tmp_path / 'data' / 'mine'}'\n" in error
+    assert len(error.splitlines()) == 1
     assert os.listdir(tmp_path / "data") == [".mine.lock"]
 
 
