@@ -453,9 +453,8 @@ def merge(settings: PrepareConfig, work: Path) -> tuple[dict, dict]:
         raise Failure(f"--merge={settings.merge}: name at least one folder, and none twice")
     manifests = [read_manifest(path) for path in paths]
     tokenizers = [read_tokenizer(p, manifest["tokenizer"]) for p, manifest in zip(paths, manifests)]
-    for path, tokenizer in zip(paths, tokenizers):
-        is_same = tokenizer.special_tokens == tokenizers[0].special_tokens
-        if not is_same or not tokenizer.same_ids(tokenizers[0]):
+    for path, own in zip(paths, tokenizers):
+        if own.special_tokens != tokenizers[0].special_tokens or not own.same_ids(tokenizers[0]):
             raise Failure(f"--merge: {path} and {paths[0]} differ in tokenizer or --special_tokens")
         Dataset(path, block_size=1).verify(hash_all=False, is_known=False)
     folder, entries = work / "dataset", {}

@@ -69,7 +69,8 @@ def error_of(arguments: list[str], positional="") -> str:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("name = '\\ud800'", "recipe.py:1: 'utf-8' codec can't encode"),  # half of a character
+        ("name = '\\ud800'", "recipe.py:1: name is '\\ud800'; no file name"),
+        ("name = '\\0'", "recipe.py:1: name is '\\x00'; no file name"),
         ("import os", "recipe.py:1: a recipe holds only lines of the form name = value"),
         ("steps = 3\nsteps += 1", "recipe.py:2: a recipe holds only"),
         ("steps, rate = 3", "recipe.py:1: a recipe holds only"),
@@ -128,8 +129,6 @@ def test_paths_are_expanded_and_not_empty(script, monkeypatch):
     settings = SCRIPTS[script][1]
     for name in config.PATHS.split() & settings.__dataclass_fields__.keys():
         assert config.convert(settings, name, "~/a b") == "/me/a b"
-        with pytest.raises(ValueError, match="no path has a NUL character"):
-            config.convert(settings, name, "a\0b")
         if getattr(settings, name):  # else "" is off
             with pytest.raises(ValueError, match=f"{name} is empty"):
                 config.convert(settings, name, "", from_text=True)
