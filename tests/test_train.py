@@ -288,8 +288,14 @@ def test_only_a_later_interrupt_ends_at_once(data_dir, tmp_path, monkeypatch):
     send_when(monkeypatch, "log_step", 6, signal.SIGINT)
     result = tiny_run(data_dir, tmp_path / "run")
     assert result.returncode == 0 and "stopped at step 6" in result.stdout
-    times = iter([10.0, 13.0])
+    times, log_step = iter([10.0, 13.0]), train.log_step
     monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=times.__next__))
+
+    def wait(run, *rest):  # for the checkpoint of step 4
+        run.writer.finish()
+        return log_step(run, *rest)
+
+    monkeypatch.setattr(train, "log_step", wait)
     result = tiny_run(data_dir, tmp_path / "other")
     assert result.returncode == 130 and result.stderr.endswith("interrupted\n")
     assert checkpoint.load(tmp_path / "other" / "latest.pt")["step"] == 4
