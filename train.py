@@ -108,10 +108,10 @@ class TrainConfig(ModelShape):
         config.check_choices(self, compile="auto model blocks off", parallel="ddp fsdp deepspeed")
         config.check_choices(self, activation_checkpointing="off selective full")
         parallel.check(asdict(self))
-        shape = [f.name for f in fields(ModelShape) if f.name not in ("block_size", "dropout")]
-        chosen = [name for name in shape if getattr(self, name) != getattr(ModelShape, name)]
+        own = {"embedding_std"} | ModelShape.__dataclass_fields__.keys() - {"block_size", "dropout"}
+        chosen = [n for n in sorted(own) if getattr(self, n) != getattr(TrainConfig, n)]
         if self.fine_tunes and chosen:
-            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} has its own shape")
+            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} has its own")
         if self.plan and self.fine_tunes:
             raise ValueError(f"a plan is for a new model: {self.init_from} has its own shape")
         if self.init_from == "auto" and self.overwrite:
