@@ -56,15 +56,15 @@ def save(path: Path, state: dict, backup: Path | None = None):
             raise OSError(f"{path} was not written; is the disk full? ({error!r:.200})") from None
 
 
-def load(path: Path, mmap: bool = False) -> dict:
-    """Read what `save` wrote, tensors on the CPU. Raises Failure where it is missing or damaged.
+def load(path: Path) -> dict:
+    """Read what `save` wrote. Raises Failure where it is missing or damaged.
 
-    mmap: tensors are views of the file, which must not change; ranks of a host share the memory.
+    Tensors are views of the file, which must not change; ranks of a host share its memory.
     """
     if not path.is_file():  # opening a pipe would wait
         raise Failure(f"there is no checkpoint {path}", NO_CHECKPOINT)
     try:
-        state = read(path, mmap)
+        state = read(path)
     except pickle.UnpicklingError:  # its text says how to run the code inside
         raise Failure(f"{path} is damaged or holds more than plain data", NO_CHECKPOINT) from None
     except Exception as error:  # torch raises many types for a cut, changed or foreign file
@@ -79,12 +79,12 @@ def load(path: Path, mmap: bool = False) -> dict:
     return state
 
 
-def read(path: Path, mmap: bool) -> dict:
-    """What `save` wrote, in memory of about its size. Raises errors of many types."""
+def read(path: Path) -> dict:
+    """What `save` wrote, as views of the file. Raises errors of many types."""
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise ValueError("it is compressed, or parts of it overlap")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if state.pop("checksum") != checksum(state):
         raise ValueError("it does not match its checksum")
     return state
@@ -98,7 +98,7 @@ def load_newest(folder: Path) -> dict:
     damaged = []
     for path in saved(folder):
         try:
-            state = load(path, mmap=True)
+            state = load(path)
         except Failure as failure:
             damaged.append((path, failure))
             continue
@@ -335,7 +335,7 @@ def open_model(name: str, out_dir: str, dropout: float = 0.0) -> tuple[GPT, Toke
     path = find_model(name, out_dir)
     if path.is_dir():
         return open_hf(path, name, dropout)
-    state = load(path, mmap=True)
+    state = load(path)
     with fitting(path):
         model, tokenizer = restore_model(state, dropout=dropout), restore_tokenizer(state)
     loss = f", validation loss {state['val_loss']:.4f} at step {state['val_step']}"

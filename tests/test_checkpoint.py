@@ -88,7 +88,8 @@ def odd(**changes):
         state = checkpoint.load(path)
         for name, change in changes.items():
             change(state[name])
-        torch.save(signed(state), path)
+        torch.save(signed(state), path.with_suffix(".new"))  # the state is views of the file
+        path.with_suffix(".new").replace(path)
 
     return write
 
