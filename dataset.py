@@ -93,7 +93,7 @@ class Dataset:
         """The windows at `count` positions of a run from `first` on, int64 (count, block_size + 1).
 
         Position p lies in epoch p // len(train). Each epoch is a shuffle of all windows, keyed by
-        (seed, epoch). In all but the first the text is cut elsewhere, by less than a window.
+        (seed, epoch). In all but the first, windows begin up to block_size - 1 tokens later.
         """
         epochs, positions = np.divmod(np.arange(first, first + count), len(self.train))
         parts = []
@@ -185,7 +185,7 @@ class Windows:
         return self.read(indices, 0)
 
     def read(self, indices: np.ndarray, move: int) -> np.ndarray:
-        """The same, cut `move` tokens later, less than a window; a shard goes on at its start."""
+        """The same, but `move` < block_size tokens later; after a shard's end comes its start."""
         windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
         numbers = np.searchsorted(self.first_windows, indices, side="right") - 1
         starts = (indices - self.first_windows[numbers]) * self.block_size + move

@@ -31,8 +31,8 @@ def print_plan(settings: dict):
     weights = parse_mixture(settings["dataset"])
     folders = [find_folder(name, settings["data_dir"]) for name in weights]
     manifests = [read_manifest(f) if (f / "manifest.json").exists() else {} for f in folders]
-    tokenizers = [read_tokenizer(f, m["tokenizer"]) for f, m in zip(folders, manifests) if m]
-    vocab_size = tokenizers[0].vocab_size if tokenizers else 50257
+    sizes = (read_tokenizer(f, m["tokenizer"]).vocab_size for f, m in zip(folders, manifests) if m)
+    vocab_size = next(sizes, 50257)
     shape = {name: settings[name] for name in ModelShape.__dataclass_fields__}
     with torch.device("meta"):  # shapes without memory
         model = GPT(GPTConfig(**shape, vocab_size=vocab_size))

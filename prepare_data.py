@@ -72,8 +72,7 @@ class PrepareConfig:
 
     def check(self):
         """Raise ValueError where a value, or two together, make no sense."""
-        is_plain = Path(self.name).name == self.name and self.name.isprintable()
-        is_plain = is_plain and not set(":,") & set(self.name)  # these separate a mixture's names
+        is_plain = self.name.isprintable() and not set("/:,") & set(self.name)  # a:1 is a mixture
         if not is_plain or self.name.startswith(".") or self.name in ("", "downloads"):
             example = "give the dataset a plain name, as in: python prepare_data.py stdlib"
             raise ValueError(f"name {self.name!r}: {example}")
@@ -191,7 +190,7 @@ def prepare(settings: PrepareConfig) -> Path:
     settings = with_defaults(settings)
     folder = Path(settings.data_dir) / settings.name
     work = folder.with_name(f".{settings.name}")
-    with files.locked(folder.with_name(f".{settings.name}.lock")), files.naming(folder):
+    with files.locked(folder.with_name(f".{settings.name}.lock")):
         shutil.rmtree(work, ignore_errors=True)
         if folder.exists() or folder.is_symlink():  # a link can lead to a disk not mounted
             if not settings.named.is_tokenised:
@@ -205,8 +204,8 @@ def prepare(settings: PrepareConfig) -> Path:
                 for path in download_named(settings):
                     files.link_or_copy(path, work / "dataset" / path.name)
             else:
-                make = merge if settings.merge else build
-                content, examples = make(settings, work)
+                with files.naming(folder):  # where the disk is full
+                    content, examples = (merge if settings.merge else build)(settings, work)
                 manifest = {"format_version": MANIFEST_VERSION, "name": settings.name}
                 manifest |= {"made_from": deciding_settings(settings)} | content
                 write_manifest(manifest, work / "dataset", examples)

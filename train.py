@@ -42,6 +42,7 @@ from ranks import Ranks, catch_stop_requests, launcher_is_gone, start_ranks
 BUCKET_MB = 100  # of gradients that DDP sums at once, while the backward makes others
 LESS_MEMORY = "a smaller --micro_batch_size or --activation_checkpointing=full needs less"
 MADE_WHEN_MISSING = ("stdlib", "shakespeare")  # datasets of prepare_data.py that take seconds
+MODELS_OWN = sorted({"embedding_std", *ModelShape.__dataclass_fields__} - {"block_size", "dropout"})
 
 
 @dataclass
@@ -108,10 +109,10 @@ class TrainConfig(ModelShape):
         config.check_choices(self, compile="auto model blocks off", parallel="ddp fsdp deepspeed")
         config.check_choices(self, activation_checkpointing="off selective full")
         parallel.check(asdict(self))
-        own = {"embedding_std"} | ModelShape.__dataclass_fields__.keys() - {"block_size", "dropout"}
-        chosen = [n for n in sorted(own) if getattr(self, n) != getattr(TrainConfig, n)]
+        chosen = [n for n in MODELS_OWN if getattr(self, n) != getattr(TrainConfig, n)]
         if self.fine_tunes and chosen:
-            raise ValueError(f"{chosen[0]} has no effect: {self.init_from} has its own")
+            reason = f"{self.init_from} has its own shape and weights; leave it out"
+            raise ValueError(f"{chosen[0]} has no effect: {reason}")
         if self.plan and self.fine_tunes:
             raise ValueError(f"a plan is for a new model: {self.init_from} has its own shape")
         if self.init_from == "auto" and self.overwrite:
@@ -316,7 +317,7 @@ def resolve_auto(settings: TrainConfig, ranks: Ranks, model: GPT, saved: dict) -
     size = settings.micro_batch_size or (before["micro_batch_size"] if now == was else 0)
     if not size:
         share = settings.step_sequences // ranks.world_size
-        model.to(ranks.device)
+        model.to(ranks.device)  # all of it: where it is split, micro_batch_size is given
         size = ranks.min(hardware.fitting_micro_batch_size(model, share, settings.block_size))
     if not size:
         raise Failure(f"not one sequence fits; {hardware.less_memory(asdict(settings))}")

@@ -228,7 +228,7 @@ def convert(settings_class, name: str, value, from_text: bool = False):
     if not fits or (wanted is float and not math.isfinite(value)):
         words = {int: "a whole number", float: "a finite number", bool: "True or False"}
         raise ValueError(f"{name} is {words.get(wanted, 'a string in quotes')}, not {value!r}")
-    if wanted is str and re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):
+    if wanted is str and re.search("[\0\ud800-\udc7f\udd00-\udfff]", value):  # NUL, surrogates
         raise ValueError(f"{name} is {value!r}; no file name and no UTF-8 text can have that")
     if name in PATHS.split():
         value = os.path.expanduser(value)

@@ -165,7 +165,7 @@ BAD_SETTINGS = [
     ("train --beta2=1.0", "beta2 is 1.0 and must be at least 0 and below 1"),
     ("train --device=gpu", "device is 'gpu' and must be one of auto, cpu, cuda, mps"),
     ("train --optimizer=sgd", "optimizer is 'sgd' and must be one of adamw, muon"),
-    ("train --init_from=gpt2 --n_layer=2", "n_layer has no effect: gpt2 has its own"),
+    ("train --init_from=gpt2 --n_layer=2", "n_layer has no effect: gpt2 has its own shape"),
     ("train --init_from=gpt2 --embedding_std=1.0", "embedding_std has no effect: gpt2 has its own"),
     ("sample --temperature=-1", "temperature is -1.0 and must be at least 0"),
     ("sample --top_p=1.1", "top_p is 1.1, min_p 0.0: both must be at most 1"),
